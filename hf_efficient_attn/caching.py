@@ -1,0 +1,327 @@
+"""
+What a decoder remembers between calls: `AttentionState`, one cache layer of Transformers for one patched layer, and
+`TokenStore`, the keys and values of a range of positions.
+
+Every tensor has the batch first, so beam search, repetition and selection work on all states alike. Nothing stored is
+ever written in place: an earlier state stays valid, which is what lets `crop` take back the latest call.
+Positions count real tokens, per row. A position or count is an int while all rows agree and a (B,) tensor otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+Count = int | Tensor
+
+
+def column(count: Count) -> Count:
+    """(B,) -> (B, 1), so that it broadcasts against positions; an int stays an int."""
+    return count[:, None] if isinstance(count, Tensor) else count
+
+
+class Node:
+    """A tree of batch-first tensors: `entries` maps names to tensors, counts and further nodes."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Tensor | int | Node | None] = {}
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every tensor of the tree by function(tensor)."""
+        for name, entry in self.entries.items():
+            if isinstance(entry, Node):
+                entry.map_tensors(function)
+            elif isinstance(entry, Tensor):
+                self.entries[name] = function(entry)
+
+    def snapshot(self) -> dict:
+        """The tree as plain dicts, sharing the tensors; `restore` puts it back."""
+        return {n: (e, e.snapshot()) if isinstance(e, Node) else e for n, e in self.entries.items()}
+
+    def restore(self, saved: dict) -> None:
+        self.entries = {}
+        for name, entry in saved.items():
+            if isinstance(entry, tuple):
+                entry[0].restore(entry[1])
+                entry = entry[0]
+            self.entries[name] = entry
+
+    def can_crop(self) -> bool:
+        """Whether `crop_to` can forget the newest tokens: what they replaced must still be there."""
+        return all(e.can_crop() if isinstance(e, Node) else e is None for e in self.entries.values())
+
+    def crop_to(self, count: Count) -> None:
+        """Forgets every token at position >= count; called only where `can_crop`."""
+        for entry in self.entries.values():
+            if isinstance(entry, Node):
+                entry.crop_to(count)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the tree, the whole batch."""
+        return sum(e.nbytes if isinstance(e, (Node, Tensor)) else 0 for e in self.entries.values())
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """
+    Stored tokens followed by a call's new ones, compacted: slot i of row b holds position first + i.
+
+    key, value: (B, G, S, D). first: position of slot 0. new: slot of the first new token. length: slots in use.
+    The three counts are ints while rows agree, else (B,) tensors.
+    """
+
+    key: Tensor
+    value: Tensor
+    first: Count
+    new: Count
+    length: Count
+
+    @property
+    def positions(self) -> Tensor:
+        """(S,) or (B, S) int64: the position that each slot holds."""
+        slots = torch.arange(self.key.shape[2], device=self.key.device)
+        return column(self.first) + slots
+
+    @property
+    def used(self) -> Tensor | None:
+        """(B, S) bool, which slots hold a token, or None where all do."""
+        if isinstance(self.length, int) and self.length == self.key.shape[2]:
+            return None
+        slots = torch.arange(self.key.shape[2], device=self.key.device)
+        return (slots < column(self.length)).expand(self.key.shape[0], -1)
+
+
+class TokenStore(Node):
+    """
+    Keys and values (B, G, S, D) of positions first..count-1 of each row, compacted in slots 0.., the rest of S unused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = {"key": None, "value": None, "first": 0, "count": 0}
+
+    @property
+    def count(self) -> Count:
+        """One past the newest position stored."""
+        return self.entries["count"]
+
+    def extend(self, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Buffer:
+        """
+        Appends a call's tokens and returns the whole, stored ones first.
+
+        key, value: (B, G, N, D), compacted. lengths: (B,) real tokens of this call, or None where all N are real.
+        """
+        entries, n = self.entries, key.shape[2]
+        first, count = entries["first"], entries["count"]
+        stored = count - first
+        if entries["key"] is not None:
+            size = entries["key"].shape[2]
+            key = torch.cat([entries["key"], key], 2)
+            value = torch.cat([entries["value"], value], 2)
+            if isinstance(stored, Tensor):  # rows end at different slots: close the gap
+                slots = torch.arange(size + n, device=key.device)
+                source = torch.where(slots < stored[:, None], slots, slots + size - stored[:, None])
+                key, value = _take(key, source.clamp_max(size + n - 1)), _take(value, source.clamp_max(size + n - 1))
+        added = n if lengths is None else lengths
+        entries.update(key=key, value=value, count=count + added)
+        return Buffer(key, value, first, stored, stored + added)
+
+    def keep_from(self, position: Count, most: int) -> None:
+        """
+        Forgets tokens before `position` (int or (B,)). `most` bounds how many any row keeps, so that a batch of
+        unequal rows stays of constant size.
+        """
+        entries = self.entries
+        if entries["key"] is None:
+            return
+        first = entries["first"]
+        if all(isinstance(x, int) for x in (position, first, entries["count"])):
+            drop = min(max(position - first, 0), entries["key"].shape[2])
+            if drop:
+                entries.update(
+                    key=entries["key"][:, :, drop:].contiguous(),
+                    value=entries["value"][:, :, drop:].contiguous(),
+                    first=first + drop,
+                )
+            return
+        drop = torch.as_tensor(position - first, device=entries["key"].device).clamp_min(0)
+        drop = torch.minimum(drop, torch.as_tensor(entries["count"] - first, device=drop.device))
+        drop = drop.expand(entries["key"].shape[0])
+        size = min(entries["key"].shape[2], most)
+        source = (torch.arange(size, device=drop.device) + drop[:, None]).clamp_max(entries["key"].shape[2] - 1)
+        entries.update(key=_take(entries["key"], source), value=_take(entries["value"], source), first=first + drop)
+
+    def keep_until(self, position: int) -> None:
+        """Forgets tokens at `position` and after; for the first tokens of a sequence, which never change."""
+        entries = self.entries
+        if entries["key"] is None:
+            return
+        entries.update(key=entries["key"][:, :, :position], value=entries["value"][:, :, :position])
+        count = entries["count"]
+        entries["count"] = min(count, position) if isinstance(count, int) else count.clamp_max(position)
+
+    def can_crop(self) -> bool:
+        return isinstance(self.entries["first"], int) and self.entries["first"] == 0
+
+    def crop_to(self, count: Count) -> None:
+        entries = self.entries
+        old = entries["count"]
+        if isinstance(count, int) and isinstance(old, int):
+            entries["count"] = min(old, count)
+            if entries["key"] is not None:
+                entries.update(key=entries["key"][:, :, :count], value=entries["value"][:, :, :count])
+        else:
+            device = entries["key"].device
+            entries["count"] = torch.minimum(torch.as_tensor(old, device=device), torch.as_tensor(count, device=device))
+
+
+class AttentionState(Node, CacheLayerMixin):
+    """
+    The cache layer of one patched attention layer, put into the user's own `Cache` in place of an empty layer.
+
+    `update` hands back the new keys and values alone; the variant keeps what it needs in `entries`. `count` is the
+    number of real tokens before the current call, `seen` the number of tokens with padding, as Transformers counts.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        Node.__init__(self)
+        self.seen = 0
+        self.count: Count = 0
+        self.real: Tensor | None = None  # (B, seen) bool, once a padded token was seen
+        self.record_past = False
+        self.record: dict | None = None  # the state before the latest call, and that call's inputs
+        self.pending: dict | None = None  # a call's inputs to be read again before the next call
+
+    # What Transformers asks of a cache layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__()
+
+    def offload(self) -> None:
+        self.map_tensors(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.map_tensors(lambda x: x.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_tensors(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_tensors(lambda x: x[indices.to(x.device)])
+
+    def activate_past_recording(self) -> None:
+        """From now on the latest call can be taken back, in whole or in part, by `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Forgets the newest `-tokens_to_remove` tokens (the sign is Transformers' own; a positive number is its older
+        form, the length to keep). 0 drops what was recorded for taking a call back.
+
+        Raises:
+            RuntimeError: the state no longer holds what these tokens replaced.
+        """
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        if remove == 0:
+            self.record = None
+            return
+        keep = self.seen - remove
+        if self.record is not None and keep >= self.record["seen"]:
+            record, self.record = self.record, None
+            taken = keep - record["seen"]
+            self.restore(record["entries"])
+            self.seen, self.count, self.real, self.pending = record["seen"], record["count"], record["real"], None
+            if taken:
+                self.pending = {n: x[..., :taken, :] if x.ndim > 2 else x[:, :taken] for n, x in record["call"].items()}
+            self.seen = keep
+            return
+        if self.pending is not None or not self.can_crop():
+            raise RuntimeError(
+                f"cannot take {remove} of {self.seen} tokens back: this attention state has already let go of what they "
+                "replaced. Call `activate_past_recording()` on the cache before the forward that is to be taken back."
+            )
+        if self.real is None:
+            self.count = keep
+        else:
+            self.real = self.real[:, :keep]
+            self.count = self.real.sum(1)
+        self.seen = keep
+        self.crop_to(self.count)
+
+    # What `EfficientAttention` does around a variant
+
+    def begin(self, call: dict[str, Tensor]) -> None:
+        """Before a call's tokens are read: `call` holds its inputs, tokens on the last axis but one."""
+        if self.record_past:
+            n = call["key"].shape[-2]
+            self.record = {
+                "entries": self.snapshot(), "seen": self.seen - n, "count": self.count, "real": self.real, "call": call,
+            }  # fmt: skip
+
+    def commit(self, real: Tensor | None, batch: int, length: int) -> None:
+        """After a call's tokens were read: `real` (B, N) bool as the call gave it, or None where all are real."""
+        if real is None and self.real is None:
+            self.count = self.count + length
+            return
+        if real is None:
+            real = torch.ones(batch, length, dtype=torch.bool, device=self.real.device)
+        if self.real is None:
+            before = self.seen - length
+            self.real = torch.ones(batch, before, dtype=torch.bool, device=real.device)
+        self.real = torch.cat([self.real, real], 1)
+        self.count = self.count + real.sum(1)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(function)
+        for owner in ("count", "real"):
+            if isinstance(getattr(self, owner), Tensor):
+                setattr(self, owner, function(getattr(self, owner)))
+        if self.pending is not None:
+            self.pending = {name: function(x) for name, x in self.pending.items()}
+        if self.record is not None:
+            self.record = None  # rows moved: the recorded call no longer fits
+
+    def store(self, name: str, factory: Callable[[], Node] = TokenStore) -> Node:
+        """The node called `name`, made on first use."""
+        if name not in self.entries:
+            self.entries[name] = factory()
+        return self.entries[name]
+
+
+def _take(x: Tensor, source: Tensor) -> Tensor:
+    """x (B, G, S, D), source (B, T) slots -> (B, G, T, D)."""
+    return torch.gather(x, 2, source[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,241 @@
+"""
+One softmax over the union of several key sets, each read by its own fused kernel: the joint softmax.
+
+For disjoint key sets P_1..P_n of a query,  lse_i = logsumexp(scaling q k^T + bias_i over P_i),  lse = logsumexp_i lse_i,
+    output = sum_i exp(lse_i - lse) * attention_i.
+The backward pass of a part needs only the *joint* output and lse (p = exp(s - lse), ds = p (dp - rowsum(dout * out))), so
+nothing of a part's forward is kept (Dao 2022, FlashAttention, section 3.1, used there for tiles and here for key sets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 256  # queries whose mask exists at one time, where a part's mask is a function
+HUGE = 1e30  # stands for the lse of a query that sees nothing: exp(s - HUGE) = 0
+
+
+def whole(x: Tensor, fill: float) -> Tensor:
+    """`arrange` of a part that takes the queries as they are."""
+    return x
+
+
+def whole_back(x: Tensor, fill: float) -> Tensor:
+    """`collect` of a part that takes the queries as they are."""
+    return x.unsqueeze(3)
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    One key set. key, value: (P, G, L, D), already gathered for P groups of queries (P = batch, blocks, tiles, ...).
+
+    arrange(x, fill): (B, H, N, E) -> (P, H', T, E) brings queries (and per-query values) to their group; slots that no
+        query fills get `fill`. It must be linear in x: reshape, gather, flip.
+    collect(x, fill): (P, H', T, E) -> (B, H, N, C, E) is the way back: C results per query, `fill` where there is none.
+    causal: query slot t sees key slots 0..t. mask: bool (P or 1, H' or 1, T, L), True = attend, or a function
+        (begin, end) -> the mask of these query slots, possibly over a prefix of the keys alone.
+    bias: (H,) added to the part's logits per head (only where arrange leaves the heads in place).
+    """
+
+    key: Tensor
+    value: Tensor
+    arrange: Callable[[Tensor, float], Tensor] = whole
+    collect: Callable[[Tensor, float], Tensor] = whole_back
+    causal: bool = False
+    mask: Tensor | Callable[[int, int], Tensor] | None = None
+    bias: Tensor | None = None
+
+
+@torch.compiler.disable
+def joint_attention(query: Tensor, parts: list[Part], *, scaling: float, dropout: float = 0.0) -> Tensor:
+    """
+    query (B, H, N, D) -> (B, H, N, D), one softmax over all parts; zeros for a query that sees no key.
+
+    The key sets of a query must be disjoint. Half precision is accumulated over parts in float32.
+    """
+    tensors = []
+    for part in parts:
+        tensors += [part.key.to(query.dtype), part.value.to(query.dtype), part.bias]
+    return _Joint.apply(query, scaling, dropout, parts, *tensors)
+
+
+class _Joint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, scaling, dropout, parts, *tensors):
+        accurate = torch.promote_types(query.dtype, torch.float32)
+        output = query.new_zeros(query.shape, dtype=accurate)
+        total = query.new_full(query.shape[:3], float("-inf"), dtype=accurate)
+        biased, kept_masks = [], []
+        for part, key, value, bias in _with_tensors(parts, tensors):
+            arranged = part.arrange(query, 0.0)
+            out, lse, kept = _forward(arranged, key, value, part, scaling, dropout)
+            if bias is not None:
+                lse = lse + bias.detach()[:, None]
+            outs = part.collect(out, 0.0).to(accurate)
+            lses = part.collect(lse[..., None], float("-inf"))[..., 0].to(accurate)
+            for c in range(lses.shape[-1]):
+                joined = torch.logaddexp(total, lses[..., c])
+                safe = joined.masked_fill(joined == float("-inf"), 0.0)
+                output.mul_(torch.exp(total - safe)[..., None])
+                output.addcmul_(outs[..., c, :], torch.exp(lses[..., c] - safe)[..., None])
+                total = joined
+            biased.append((outs[..., 0, :], lses[..., 0]) if bias is not None else None)
+            kept_masks.append(kept)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, output, total, *tensors)
+        ctx.parts, ctx.scaling, ctx.dropout, ctx.biased, ctx.kept = parts, scaling, dropout, biased, kept_masks
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, output, total, *tensors = ctx.saved_tensors
+        grad = grad.contiguous()
+        total = total.masked_fill(total == float("-inf"), HUGE)
+        grad_query = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
+        grads = []
+        for part, saved, kept, (key, value, bias) in zip(
+            ctx.parts, ctx.biased, ctx.kept, _triples(tensors), strict=True
+        ):
+            lse = part.arrange(total[..., None], HUGE)[..., 0]
+            if bias is not None:
+                lse = lse - bias[:, None]
+            dq, dk, dv = _backward(
+                part.arrange(grad, 0.0), part.arrange(query, 0.0), key, value, part.arrange(output, 0.0), lse, part,
+                ctx.scaling, ctx.dropout, kept,
+            )  # fmt: skip
+            back = part.collect(dq, 0.0)
+            grad_query += back[..., 0, :] if back.shape[3] == 1 else back.sum(3)
+            dbias = None
+            if bias is not None:
+                out, own = saved
+                weight = torch.exp(own - total)
+                dbias = (weight * ((out - output) * grad).sum(-1)).sum((0, 2)).to(bias.dtype)
+            grads += [dk, dv, dbias]
+        return grad_query.to(query.dtype), None, None, None, *grads
+
+
+def _triples(tensors):
+    return list(zip(tensors[0::3], tensors[1::3], tensors[2::3], strict=True))
+
+
+def _with_tensors(parts, tensors):
+    return [(part, *triple) for part, triple in zip(parts, _triples(tensors), strict=True)]
+
+
+def _slices(part: Part, length: int):
+    """(query slice, mask of these queries or None); a mask may cover a prefix of the keys."""
+    if not callable(part.mask):
+        return [(slice(0, length), part.mask)]
+    return (
+        (slice(i, min(i + CHUNK, length)), part.mask(i, min(i + CHUNK, length))) for i in range(0, length, CHUNK)
+    )
+
+
+def _fused(query: Tensor, dropout: float) -> bool:
+    return query.device.type == "cpu" and dropout == 0.0
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _forward(query, key, value, part, scaling, dropout):
+    """-> attention (P, H, T, D), its lse (P, H, T), and the dropout masks that the backward pass needs."""
+    outs, lses, kept = [], [], []
+    for piece, mask in _slices(part, query.shape[2]):
+        q, k, v = query[:, :, piece], key, value
+        if mask is not None and mask.shape[-1] < key.shape[2]:
+            k, v = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+        if k.shape[2] == 0 or q.numel() == 0:
+            out, lse, keep = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf")), None
+        elif _fused(query, dropout):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, part.causal, attn_mask=_additive(mask, q.dtype), scale=scaling
+            )
+            keep = None
+        else:
+            out, lse, keep = _math_forward(q, k, v, mask, part.causal, scaling, dropout)
+        if mask is not None:
+            lse = lse.masked_fill(~mask.any(-1), float("-inf"))
+        outs.append(out)
+        lses.append(lse)
+        kept.append(keep)
+    return (outs[0], lses[0], kept) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2), kept)
+
+
+def _backward(grad, query, key, value, output, lse, part, scaling, dropout, kept):
+    dqs, dk, dv = [], None, None
+    for (piece, mask), keep in zip(_slices(part, query.shape[2]), kept, strict=True):
+        q, k, v = query[:, :, piece], key, value
+        if mask is not None and mask.shape[-1] < key.shape[2]:
+            k, v = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+        g, o, stat = grad[:, :, piece], output[:, :, piece], lse[:, :, piece]
+        if k.shape[2] == 0 or q.numel() == 0:
+            dqs.append(torch.zeros_like(q))
+            continue
+        if _fused(query, dropout):
+            stat = stat.to(torch.promote_types(q.dtype, torch.float32)).transpose(1, 2).contiguous().transpose(1, 2)
+            dq, dk1, dv1 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, q, k, v, o, stat, 0.0, part.causal, attn_mask=_additive(mask, q.dtype), scale=scaling
+            )
+        else:
+            dq, dk1, dv1 = _math_backward(g, q, k, v, o, stat, mask, part.causal, scaling, keep, dropout)
+        dqs.append(dq)
+        if dk is None and k is key:
+            dk, dv = dk1, dv1
+        else:
+            if dk is None:
+                dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+            dk[:, :, : k.shape[2]] += dk1
+            dv[:, :, : k.shape[2]] += dv1
+    if dk is None:
+        dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+    return dqs[0] if len(dqs) == 1 else torch.cat(dqs, 2), dk, dv
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(P, H, T, E) -> (P, G, H/G * T, E): the query heads of a key head side by side."""
+    return x.reshape(x.shape[0], groups, -1, x.shape[3])
+
+
+def _logits(query, key, mask, causal, scaling):
+    scores = _grouped(query, key.shape[1]) @ key.transpose(2, 3)
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    scores = scores.view(*query.shape[:3], key.shape[2])
+    if causal:
+        t, s = scores.shape[2:]
+        hidden = torch.ones(t, s, dtype=torch.bool, device=query.device).triu_(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def _math_forward(query, key, value, mask, causal, scaling, dropout):
+    scores = _logits(query, key, mask, causal, scaling)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), HUGE)[..., None])
+    keep = None
+    if dropout:
+        keep = torch.rand_like(weights) >= dropout
+        weights = weights * keep / (1 - dropout)
+    out = _grouped(weights.to(value.dtype), key.shape[1]) @ value
+    return out.view(query.shape), lse, keep
+
+
+def _math_backward(grad, query, key, value, output, lse, mask, causal, scaling, keep, dropout):
+    g = key.shape[1]
+    accurate = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.exp(_logits(query, key, mask, causal, scaling) - lse.to(accurate)[..., None])
+    dropped = weights if keep is None else weights * keep / (1 - dropout)
+    dv = _grouped(dropped.to(grad.dtype), g).transpose(2, 3) @ _grouped(grad, g)
+    dweights = (_grouped(grad, g) @ value.transpose(2, 3)).view(weights.shape).to(accurate)
+    if keep is not None:
+        dweights = dweights * keep / (1 - dropout)
+    delta = (grad.to(accurate) * output.to(accurate)).sum(-1, keepdim=True)
+    dscores = (_grouped(weights * (dweights - delta), g) * scaling).to(query.dtype)
+    dq = (dscores @ key).view(query.shape)
+    return dq, dscores.transpose(2, 3) @ _grouped(query, g), dv

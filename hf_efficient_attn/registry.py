@@ -1,0 +1,103 @@
+"""Which variants exist: name -> config class and module class. Third parties register the same way."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .config import EfficientAttentionConfig
+from .variant import EfficientAttention
+
+FAMILIES = (
+    "exact",
+    "fixed patterns",
+    "learnable patterns",
+    "low rank",
+    "kernels",
+    "recurrence",
+    "down-sampling",
+    "sparse models",
+)
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """One row of the registry. `paper` is "Authors year, arXiv id"."""
+
+    name: str
+    family: str
+    summary: str
+    paper: str
+    config_class: type[EfficientAttentionConfig]
+    module_class: type[EfficientAttention]
+
+
+_REGISTRY: dict[str, VariantInfo] = {}
+
+
+def register_variant(name: str, *, family: str, summary: str, paper: str) -> Callable[[type], type]:
+    """
+    Class decorator for an `EfficientAttention` subclass whose `config_class` holds its hyper-parameters.
+
+    Raises:
+        ValueError: the name is taken or not a lower-case identifier, or the family is not one of `FAMILIES`.
+        TypeError: the class or its config class has the wrong base.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"variant name {name!r}: use a lower-case identifier such as 'sliding_window'.")
+    if name in _REGISTRY:
+        raise ValueError(f"variant {name!r} is registered already, by {_REGISTRY[name].module_class.__module__}.")
+    if family not in FAMILIES:
+        raise ValueError(f"variant {name!r}: family {family!r} is not one of {', '.join(FAMILIES)}.")
+
+    def decorate(module_class: type) -> type:
+        config_class = getattr(module_class, "config_class", None)
+        if not issubclass(module_class, EfficientAttention):
+            raise TypeError(f"{module_class.__name__} must derive from EfficientAttention.")
+        if not (isinstance(config_class, type) and issubclass(config_class, EfficientAttentionConfig)):
+            raise TypeError(f"{module_class.__name__}.config_class must derive from EfficientAttentionConfig.")
+        config_class.name = name
+        _REGISTRY[name] = VariantInfo(name, family, summary, paper, config_class, module_class)
+        return module_class
+
+    return decorate
+
+
+def unregister_variant(name: str) -> None:
+    """Takes a third party's variant out of the registry."""
+    get_info(name)
+    del _REGISTRY[name]
+
+
+def available_variants() -> dict[str, VariantInfo]:
+    """Every registered variant in the survey's order of families: name -> `VariantInfo`."""
+    return dict(sorted(_REGISTRY.items(), key=lambda item: FAMILIES.index(item[1].family)))
+
+
+def get_info(name: str) -> VariantInfo:
+    """The registry's row for `name`; ValueError with the nearest names where there is none."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"unknown variant {name!r}.{hint} Available: {', '.join(available_variants())}.")
+    return _REGISTRY[name]
+
+
+def get_config_class(name: str) -> type[EfficientAttentionConfig]:
+    """The `<Name>Config` of a variant."""
+    return get_info(name).config_class
+
+
+def config_from_dict(data: dict[str, Any]) -> EfficientAttentionConfig:
+    """Inverse of `EfficientAttentionConfig.to_dict`; unknown variants and fields raise ValueError."""
+    values = dict(data)
+    if "variant" not in values:
+        raise ValueError(f"a variant's config needs the key 'variant', got {sorted(values)}.")
+    return get_config_class(values.pop("variant")).from_kwargs(**values)
+
+
+def build(config: EfficientAttentionConfig, host) -> EfficientAttention:
+    """The module of a config for one attention layer described by `host` (`HostShape`)."""
+    return get_info(config.name).module_class(config, host)

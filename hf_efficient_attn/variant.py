@@ -1,0 +1,215 @@
+"""What a variant is: `EfficientAttention`, the module that replaces softmax attention inside one patched layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .caching import AttentionState, Count, TokenStore, column
+from .config import EfficientAttentionConfig
+from .ops.exact import exact_attention
+from .ops.rows import Rows
+
+
+@dataclass(frozen=True)
+class HostShape:
+    """
+    The attention layer that a variant serves. Heads: `num_heads` for queries, `num_kv_heads` for keys and values.
+
+    `layer` counts the model's attention layers from 0 and `patched_index` the patched ones. `causal` is the host's
+    direction. `max_positions` is the length the model can read, or None where nothing limits it.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    causal: bool
+    layer: int = 0
+    num_layers: int = 1
+    patched_index: int = 0
+    max_positions: int | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class EfficientAttention(nn.Module):
+    """
+    Base of every variant. A subclass sets `config_class`, is decorated with `registry.register_variant` and writes
+    `attend`; compaction of padded rows, `dense_below`, keys that outnumber queries and the bookkeeping of the decoder
+    state are done here, once.
+
+    Shapes: B batch, H query heads, G key/value heads (G divides H), N tokens of this call, D head size.
+    """
+
+    config_class: ClassVar[type[EfficientAttentionConfig]]
+    needs_hidden: ClassVar[bool] = False
+
+    def __init__(self, config: EfficientAttentionConfig, host: HostShape) -> None:
+        super().__init__()
+        self.config = config
+        self.host = host
+        self.check_host(config, host)
+
+    @classmethod
+    def check_host(cls, config: EfficientAttentionConfig, host: HostShape) -> None:
+        """Raises ValueError where this config cannot serve this layer; runs before a model is changed."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        lengths: Tensor | None,
+        scaling: float,
+        dropout: float,
+        causal: bool,
+        state: AttentionState | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """
+        The variant's arithmetic on compacted rows.
+
+        query (B, H, N, D); key, value (B, G, N, D): row b's real tokens at 0..lengths[b]-1, zeros behind them;
+        `lengths` (B,) is None where all N are real. In a decoder `state` (or None) holds what earlier calls left:
+        token j of this call stands at position state.count + j (`state.count` is an int or (B,)). `attend` updates
+        `state.entries` and never writes into a stored tensor; `state.count` is advanced by the caller.
+        hidden (B, N, E) is the host's input where `needs_hidden`. Returns (B, H, N, D); what stands at padded
+        queries must be finite and is discarded.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend().")
+
+    def make_state(self) -> AttentionState:
+        """An empty decoder state; a cache layer of Transformers."""
+        return AttentionState()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        padding: Tensor | Rows | None = None,
+        scaling: float,
+        dropout: float = 0.0,
+        causal: bool,
+        state: AttentionState | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """
+        query (B, H, N, D), key and value (B, G, M, D) -> (B, H, N, D), zeros at padded queries.
+
+        `padding`: (B, M) bool, True = keep, or None. `scaling` multiplies the logits, `dropout` is a probability.
+        M > N (keys without queries, only where there is no `state`): the queries are the last N tokens.
+        With a `state`, query, key and value are the call's new tokens and `padding` is theirs.
+
+        Raises:
+            ValueError: shapes or a direction that this module cannot serve.
+        """
+        n, m = query.shape[2], key.shape[2]
+        if value.shape != key.shape or query.shape[-1] != key.shape[-1]:
+            raise ValueError(
+                f"{self.config.name}: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} "
+                "must share the head size, and key and value their shape."
+            )
+        if m < n or (m > n and state is not None):
+            raise ValueError(f"{self.config.name}: {n} queries for {m} keys; self-attention needs as many keys, or more.")
+        if causal is not self.host.causal:
+            given, built = ("causal", "bidirectional") if causal else ("bidirectional", "causal")
+            raise ValueError(f"{self.config.name}: built for a {built} layer, called as {given}.")
+        if m > n:
+            query = torch.cat([query.new_zeros(*query.shape[:2], m - n, query.shape[3]), query], 2)
+            if hidden is not None:
+                hidden = torch.cat([hidden.new_zeros(hidden.shape[0], m - n, hidden.shape[2]), hidden], 1)
+        rows = padding if isinstance(padding, Rows) else Rows.of(padding)
+        if state is not None:
+            if state.pending is not None:
+                self._read_pending(state, scaling)
+            call = {"query": query, "key": key, "value": value}
+            if rows is not None:
+                call["real"] = rows.real
+            if hidden is not None:
+                call["hidden"] = hidden
+            state.begin(call)
+        output = self._on_rows(query, key, value, rows, scaling, dropout, causal, state, hidden)
+        return output[:, :, m - n :] if m > n else output
+
+    def _on_rows(self, query, key, value, rows, scaling, dropout, causal, state, hidden) -> Tensor:
+        batch, n = query.shape[0], query.shape[2]
+        lengths = None
+        if rows is not None:
+            lengths = rows.lengths
+            query, key, value = rows.compact(query), rows.compact(key), rows.compact(value)
+            hidden = None if hidden is None else rows.compact(hidden)
+        shared = {"scaling": scaling, "dropout": dropout, "causal": causal}
+        attend = self._decoder_dense_below if causal else self._encoder_dense_below
+        if self.config.dense_below == 0:
+            attend = self.attend
+        output = attend(query, key, value, lengths=lengths, state=state, hidden=hidden, **shared)
+        if state is not None:
+            state.commit(None if rows is None else rows.real, batch, n)
+        return output if rows is None else rows.restore(output)
+
+    def _read_pending(self, state: AttentionState, scaling: float) -> None:
+        call, state.pending = state.pending, None
+        rows = Rows.of(call.get("real"))
+        self._on_rows(call["query"], call["key"], call["value"], rows, scaling, 0.0, True, state, call.get("hidden"))
+
+    def _encoder_dense_below(self, query, key, value, *, lengths, hidden, state, **shared) -> Tensor:
+        """Rows of fewer than `dense_below` real tokens attend exactly."""
+        limit = self.config.dense_below
+        exact = {k: v for k, v in shared.items() if k != "hidden"}
+        if query.shape[2] < limit:
+            return exact_attention(query, key, value, lengths=lengths, **exact)
+        short = None if lengths is None else (lengths < limit).nonzero()[:, 0]
+        if short is None or len(short) == 0:
+            return self.attend(query, key, value, lengths=lengths, hidden=hidden, state=state, **shared)
+        rest = (lengths >= limit).nonzero()[:, 0]
+        output = torch.zeros_like(query)
+        n = limit - 1
+        dense = exact_attention(
+            query[short, :, :n], key[short, :, :n], value[short, :, :n], lengths=lengths[short], **exact
+        )
+        output = output.index_put((short,), torch.nn.functional.pad(dense, (0, 0, 0, query.shape[2] - n)))
+        if len(rest):
+            taken = None if hidden is None else hidden[rest]
+            far = self.attend(
+                query[rest], key[rest], value[rest], lengths=lengths[rest], hidden=taken, state=state, **shared
+            )
+            output = output.index_put((rest,), far.to(output.dtype))
+        return output
+
+    def _decoder_dense_below(self, query, key, value, *, lengths, hidden, state, **shared) -> Tensor:
+        """Queries at positions below `dense_below` attend exactly to everything before them."""
+        limit, n = self.config.dense_below, query.shape[2]
+        output = None
+        if state is not None or n > limit:
+            output = self.attend(query, key, value, lengths=lengths, hidden=hidden, state=state, **shared)
+        if state is None:
+            head = slice(0, min(n, limit))
+            dense = exact_attention(query[:, :, head], key[:, :, head], value[:, :, head], lengths=None, **shared)
+            return dense if output is None else torch.cat([dense, output[:, :, limit:]], 2)
+        if isinstance(state.count, int) and state.count >= limit:
+            return output
+        store = state.store("dense_below", TokenStore)
+        buffer = store.extend(key, value, lengths)
+        store.keep_until(limit)
+        offset = state.count
+        dense = exact_attention(
+            query, buffer.key[:, :, :limit], buffer.value[:, :, :limit],
+            lengths=_at_most(buffer.length, limit), offset=offset, **shared,
+        )  # fmt: skip
+        position = column(offset) + torch.arange(n, device=query.device)
+        below = (position < limit).expand(query.shape[0], n)[:, None, :, None]
+        return torch.where(below, dense, output)
+
+
+def _at_most(length: Count, limit: int) -> Count:
+    return min(length, limit) if isinstance(length, int) else length.clamp_max(limit)

@@ -1,0 +1,71 @@
+"""The joint softmax equals one softmax over all keys, forward and backward, by either kernel."""
+
+import pytest
+import torch
+
+from hf_efficient_attn.ops import joint
+from hf_efficient_attn.ops.joint import Part, joint_attention
+
+
+def dense(query, key, value, mask, bias):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * 0.3 + bias
+    return torch.softmax(scores.masked_fill(~mask, float("-inf")), -1).nan_to_num(0.0) @ value
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_union_of_key_sets_is_one_softmax(fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(joint, "_fused", lambda query, dropout: False)
+    monkeypatch.setattr(joint, "CHUNK", 4)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    query, key, value, bias = make(2, 4, 10, 8), make(2, 2, 16, 8), make(2, 2, 16, 8), make(4)
+    mask = torch.rand(2, 1, 10, 16) > 0.4
+    mask[:, :, :, :6] = torch.ones(10, 6).tril().bool()  # a causal part
+    mask[:, :, 3] = False  # a query that sees nothing but its causal part
+    mask[0, 0, 3, 0] = True
+    mask[:, :, 3, :4] = True
+    cut = [slice(0, 6), slice(6, 11), slice(11, 16)]
+    parts = [
+        Part(key[:, :, cut[0]], value[:, :, cut[0]], causal=True),
+        Part(key[:, :, cut[1]], value[:, :, cut[1]], mask=mask[..., cut[1]]),
+        Part(key[:, :, cut[2]], value[:, :, cut[2]], mask=lambda i, j: mask[:, :, i:j, cut[2]], bias=bias),
+    ]
+    added = torch.cat([bias.new_zeros(4, 11), bias[:, None].expand(4, 5)], 1)[None, :, None]
+    got, want = joint_attention(query, parts, scaling=0.3), dense(query, key, value, mask, added)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    weight = torch.randn_like(got)
+    inputs = (query, key, value, bias)
+    grads = [torch.autograd.grad((x * weight).sum(), inputs, retain_graph=True) for x in (got, want)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    key = torch.randn(1, 2, 5, 8, requires_grad=True)
+    mask = torch.ones(1, 1, 4, 5, dtype=torch.bool)
+    mask[:, :, 2] = False
+    out = joint_attention(query, [Part(key, key, mask=mask)], scaling=1.0)
+    assert (out[:, :, 2] == 0).all() and (out[:, :, 1] != 0).all()
+    out.square().sum().backward()
+    assert torch.isfinite(query.grad).all() and torch.isfinite(key.grad).all() and query.grad[:, :, 2].abs().max() == 0
+
+
+def test_dropout_keeps_the_mean_and_its_gradient_is_that_of_the_kept_weights():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 1, 4, dtype=torch.float64), torch.randn(1, 1, 6, 4, dtype=torch.float64)
+    value = torch.randn(1, 1, 6, 4, dtype=torch.float64, requires_grad=True)
+    clean = joint_attention(query, [Part(key, value)], scaling=1.0)
+    drawn = torch.stack([joint_attention(query, [Part(key, value)], scaling=1.0, dropout=0.3) for _ in range(4000)])
+    assert (drawn[0] - clean).abs().max() > 1e-3
+    torch.testing.assert_close(drawn.mean(0), clean, atol=0.05, rtol=0)
+    query.requires_grad_()
+
+    def run(q, k, v):
+        torch.manual_seed(1)
+        return joint_attention(q, [Part(k[:, :, :3], v[:, :, :3]), Part(k[:, :, 3:], v[:, :, 3:])], scaling=1.0, dropout=0.3)
+
+    assert torch.autograd.gradcheck(run, (query, key.requires_grad_(), value))
