@@ -1,0 +1,146 @@
+"""Measured costs against sizes known by arithmetic."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_efficient_attn.measuring import (
+    cache_bytes,
+    count_flops,
+    measure_model,
+    median_time,
+    peak_memory,
+    resident_bytes,
+    time_ratio,
+)
+
+
+def test_peak_memory_sees_a_square_that_is_gone_again():
+    n = 500
+
+    def square_inside() -> torch.Tensor:
+        return torch.ones(n, n).sum()
+
+    assert n * n * 4 <= peak_memory(square_inside) <= n * n * 4 + 1000
+    assert peak_memory(lambda: torch.ones(n).sum()) < n * 4 + 1000
+
+
+def test_peak_memory_counts_what_lives_together_only():
+    n = 100_000
+    assert peak_memory(lambda: (torch.ones(n).sum(), torch.ones(n).sum())) < 1.1 * n * 4
+    assert peak_memory(lambda: (torch.ones(n), torch.ones(n))) >= 2 * n * 4
+
+
+def test_peak_memory_is_not_lowered_by_releasing_older_tensors():
+    held = [torch.ones(100_000)]
+
+    def swap() -> None:
+        torch.ones(50_000).sum()
+        held.clear()
+
+    assert 200_000 <= peak_memory(swap) < 210_000
+
+
+def test_peak_memory_tells_eager_from_fused_attention():
+    n = 1024
+    q = torch.randn(1, 2, n, 16, requires_grad=True)
+
+    def eager() -> None:
+        (torch.softmax(q @ q.transpose(-1, -2), -1) @ q).sum().backward()
+
+    def fused() -> None:
+        scaled_dot_product_attention(q, q, q).sum().backward()
+
+    square = 2 * n * n * 4
+    assert peak_memory(eager) > square
+    assert peak_memory(fused) < square / 2
+
+
+def test_peak_memory_refuses_other_devices():
+    with pytest.raises(ValueError, match="'cpu' and 'cuda'"):
+        peak_memory(lambda: None, "meta")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_of_fused_attention_equal_its_products(causal):
+    b, h, n, d = 2, 3, 64, 16
+    q, k, v = (torch.randn(b, h, n, d, requires_grad=True) for _ in range(3))
+    product = 2 * b * h * n * n * d
+    assert count_flops(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal)) == 2 * product
+    # backward: four products for the gradients, and the logits once more because the forward did not keep them
+    both = count_flops(lambda: scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward())
+    assert both == (2 + 5) * product
+
+
+def test_flops_of_einsum_forward_and_backward():
+    x, y = torch.randn(4, 8, 16, requires_grad=True), torch.randn(4, 16, 32, requires_grad=True)
+    product = 2 * 4 * 8 * 16 * 32
+    assert count_flops(lambda: torch.einsum("bij,bjk->bik", x, y).sum().backward()) == 3 * product
+
+
+def test_time_ratio_is_the_ratio():
+    result = time_ratio(lambda: time.sleep(0.03), lambda: time.sleep(0.01), repeats=5)
+    assert 1.5 < result.ratio < 4.5
+    assert result.seconds == pytest.approx(result.ratio * result.baseline_seconds)
+    assert 0.01 <= median_time(lambda: time.sleep(0.01)) < 0.1
+    with pytest.raises(ValueError, match="at least 1"):
+        time_ratio(lambda: None, lambda: None, repeats=0)
+
+
+def tiny_gpt2(attention: str = "sdpa") -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=50, n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+
+
+def measured(attention: str, length: int = 256):
+    model = tiny_gpt2(attention)
+    ids = torch.randint(0, 50, (2, length))
+    optimizer = torch.optim.AdamW(model.parameters())
+    return model, measure_model(
+        model, {"input_ids": ids, "labels": ids}, optimizer=optimizer, repeats=1, decodes=True
+    )
+
+
+def test_measure_model_adds_up():
+    model, cost = measured("sdpa")
+    weights = sum(p.numel() for p in model.parameters()) * 4  # the head is tied to the embedding and counts once
+    assert (cost.batch_size, cost.length) == (2, 256)
+    assert cost.inference.resident_bytes == pytest.approx(weights, rel=0.05)
+    assert cost.train_step.resident_bytes == pytest.approx(3 * weights, rel=0.05)  # AdamW keeps two moments
+    for step in (cost.train_step, cost.inference):
+        assert step.peak_bytes == step.resident_bytes + step.working_bytes
+        assert step.tokens_per_second == pytest.approx(2 * 256 / step.seconds)
+    assert 2.5 < cost.train_step.flops / cost.inference.flops < 3.5
+    assert cost.train_step.working_bytes > weights  # gradients at least
+    assert cost.cache_bytes_per_sequence == 2 * 2 * 256 * 32 * 4  # layers x (keys, values) x tokens x width x float32
+
+
+def test_measure_model_sees_the_squares_of_eager_attention():
+    fused, eager = (measured(name)[1] for name in ("sdpa", "eager"))
+    square = 2 * 2 * 256 * 256 * 4  # rows x heads x queries x keys x float32
+    assert eager.train_step.working_bytes > fused.train_step.working_bytes + square
+    assert eager.train_step.flops == pytest.approx(fused.train_step.flops, rel=0.15)
+
+
+def test_resident_bytes_counts_shared_storage_once():
+    layer = torch.nn.Linear(10, 10, bias=False)
+    twice = torch.nn.Sequential(layer, layer)
+    assert resident_bytes(twice) == resident_bytes(layer) == 400
+
+
+def test_cache_bytes_believes_a_layer_that_knows():
+    class Layer:
+        def __init__(self, **values):
+            vars(self).update(values)
+
+    class Cache:
+        layers = [Layer(nbytes=7), Layer(keys=torch.zeros(10), values=torch.zeros(10), note="x")]
+
+    assert cache_bytes(Cache()) == 7 + 80
