@@ -1,7 +1,7 @@
 """
 Exact softmax attention with memory linear in N: PyTorch's fused kernels where they apply, query chunks elsewhere.
 
-Used by `flash`, by `dense_below` in every variant, and by single decoding steps over stored keys.
+Used by `flash`, by `dense_below` in every variant, and by calls of few tokens over stored keys.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # queries whose mask exists at one time
 
@@ -38,46 +39,68 @@ def exact_attention(
         if lengths < s:
             key, value, s = key[:, :, :lengths], value[:, :, :lengths], lengths
         lengths = None
-    if causal:
-        if isinstance(offset, int) and offset == 0:
-            return sdpa(query, key[:, :, :n], value[:, :, :n], causal=True, scaling=scaling, dropout=dropout)
-        if isinstance(offset, int) and n == 1 and offset + 1 >= s and lengths is None:
-            return sdpa(query, key, value, causal=False, scaling=scaling, dropout=dropout)
-    elif lengths is None:
-        return sdpa(query, key, value, causal=False, scaling=scaling, dropout=dropout)
-    slots = torch.arange(s, device=query.device)
-    used = None if lengths is None else slots < lengths[:, None]
-    if not causal:
-        return sdpa(query, key, value, mask=used[:, None, None], scaling=scaling, dropout=dropout)
-    start = offset[:, None] if isinstance(offset, Tensor) else torch.full((1, 1), offset, device=query.device)
+    fixed = isinstance(offset, int)
+    shared = {"scaling": scaling, "dropout": dropout}
+    if causal and fixed and offset == 0:
+        key, value, s, lengths = key[:, :, :n], value[:, :, :n], min(s, n), None
+    sees_all = lengths is None and (not causal or (fixed and offset + 1 >= s))
+    if _has_fused_kernel(query, dropout):
+        if sees_all:
+            return sdpa(query, key, value, **shared)
+        if causal and fixed and offset == 0:
+            return sdpa(query, key, value, causal=True, **shared)
+        if not causal:
+            used = torch.arange(s, device=query.device) < lengths[:, None]
+            return sdpa(query, key, value, mask=used[:, None, None], **shared)
+    start = torch.as_tensor(offset, device=query.device).reshape(-1, 1)
 
-    def visible(begin: int, end: int) -> Tensor:
-        position = start + torch.arange(begin, end, device=query.device)
-        mask = slots <= position[:, :, None]
-        return (mask if used is None else mask & used[:, None])[:, None]
+    def visible(begin: int, end: int) -> Tensor | None:
+        if sees_all:
+            return None
+        slots = torch.arange(min(s, offset + end) if causal and fixed else s, device=query.device)
+        used = None if lengths is None else slots < lengths[:, None, None]
+        if not causal:
+            return used[:, None]
+        past = slots <= (start + torch.arange(begin, end, device=query.device))[:, :, None]
+        return (past if used is None else past & used)[:, None]
 
-    return masked_attention(query, key, value, visible, scaling=scaling, dropout=dropout)
+    return masked_attention(query, key, value, visible, **shared)
 
 
 def masked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Callable[[int, int], Tensor],
+    visible: Callable[[int, int], Tensor | None],
     *,
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
     """
-    Attention under any mask, `CHUNK` queries at a time: `visible(begin, end)` is bool (B or 1, H or 1, end - begin, S),
-    True = attend. A query that sees nothing gets zeros.
+    Attention under any mask, `CHUNK` queries at a time: `visible(begin, end)` is bool (B or 1, H or 1, end - begin or 1,
+    S' <= S), True = attend, over the first S' keys, or None where all are visible. A query that sees nothing gets zeros.
+
+    In training a chunk is computed again in the backward pass (with the same dropout), so that no more than one chunk's
+    mask exists at any time.
     """
-    parts = []
+
+    def chunk(part: Tensor, key: Tensor, value: Tensor, begin: int) -> Tensor:
+        mask = visible(begin, begin + part.shape[2])
+        if mask is not None and mask.shape[-1] < key.shape[2]:
+            key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+        return sdpa(part, key, value, mask=mask, scaling=scaling, dropout=dropout)
+
+    if query.shape[2] <= CHUNK:
+        return chunk(query, key, value, 0)
+    again = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    outputs = []
     for begin in range(0, query.shape[2], CHUNK):
-        end = min(begin + CHUNK, query.shape[2])
-        mask = visible(begin, end)
-        parts.append(sdpa(query[:, :, begin:end], key, value, mask=mask, scaling=scaling, dropout=dropout))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        inputs = (query[:, :, begin : begin + CHUNK], key, value, begin)
+        if again:
+            outputs.append(checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
+        else:
+            outputs.append(chunk(*inputs))
+    return torch.cat(outputs, 2)
 
 
 def sdpa(query, key, value, *, scaling, dropout=0.0, causal=False, mask=None) -> Tensor:
@@ -93,6 +116,11 @@ def sdpa(query, key, value, *, scaling, dropout=0.0, causal=False, mask=None) ->
     if mask is not None:
         output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
     return output
+
+
+def _has_fused_kernel(query: Tensor, dropout: float) -> bool:
+    """Whether PyTorch attends without forming N x S weights: with dropout only CUDA's kernels do."""
+    return dropout == 0 or query.device.type == "cuda"
 
 
 def _native_groups(query: Tensor, mask: Tensor | None) -> bool:
