@@ -50,6 +50,41 @@ class Part:
     mask: Tensor | Callable[[int, int], Tensor] | None = None
     bias: Tensor | None = None
 
+    def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
+        """
+        Joins this part to what earlier parts gave: output (B, H, N, D) and total (B, H, N), their lse, both float32 or
+        better and free to be overwritten. Returns both, and what `differentiate` will ask for.
+        """
+        out, lse, kept = _forward(self.arrange(query, 0.0), key, value, self, scaling, dropout)
+        if bias is not None:
+            lse = lse + bias.detach()[:, None]
+        outs = self.collect(out, 0.0).to(output.dtype)
+        lses = self.collect(lse[..., None], float("-inf"))[..., 0].to(output.dtype)
+        for c in range(lses.shape[-1]):
+            joined = torch.logaddexp(total, lses[..., c])
+            safe = joined.masked_fill(joined == float("-inf"), 0.0)
+            output.mul_(torch.exp(total - safe)[..., None])
+            output.addcmul_(outs[..., c, :], torch.exp(lses[..., c] - safe)[..., None])
+            total = joined
+        return output, total, (kept, (outs[..., 0, :], lses[..., 0]) if bias is not None else None)
+
+    def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, saved):
+        """The gradients of query (B, H, N, D), key, value and bias, from the joint output and its total lse."""
+        kept, own = saved
+        lse = self.arrange(total[..., None], HUGE)[..., 0]
+        if bias is not None:
+            lse = lse - bias[:, None]
+        dq, dk, dv = _backward(
+            self.arrange(grad, 0.0), self.arrange(query, 0.0), key, value, self.arrange(output, 0.0), lse, self,
+            scaling, dropout, kept,
+        )  # fmt: skip
+        back = self.collect(dq, 0.0)
+        dbias = None
+        if bias is not None:
+            weight = torch.exp(own[1] - total)
+            dbias = (weight * ((own[0] - output) * grad).sum(-1)).sum((0, 2)).to(bias.dtype)
+        return back[..., 0, :] if back.shape[3] == 1 else back.sum(3), dk, dv, dbias
+
 
 @torch.compiler.disable
 def joint_attention(query: Tensor, parts: list[Part], *, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -70,25 +105,13 @@ class _Joint(torch.autograd.Function):
         accurate = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros(query.shape, dtype=accurate)
         total = query.new_full(query.shape[:3], float("-inf"), dtype=accurate)
-        biased, kept_masks = [], []
+        saved = []
         for part, key, value, bias in _with_tensors(parts, tensors):
-            arranged = part.arrange(query, 0.0)
-            out, lse, kept = _forward(arranged, key, value, part, scaling, dropout)
-            if bias is not None:
-                lse = lse + bias.detach()[:, None]
-            outs = part.collect(out, 0.0).to(accurate)
-            lses = part.collect(lse[..., None], float("-inf"))[..., 0].to(accurate)
-            for c in range(lses.shape[-1]):
-                joined = torch.logaddexp(total, lses[..., c])
-                safe = joined.masked_fill(joined == float("-inf"), 0.0)
-                output.mul_(torch.exp(total - safe)[..., None])
-                output.addcmul_(outs[..., c, :], torch.exp(lses[..., c] - safe)[..., None])
-                total = joined
-            biased.append((outs[..., 0, :], lses[..., 0]) if bias is not None else None)
-            kept_masks.append(kept)
+            output, total, kept = part.accumulate(output, total, query, key, value, bias, scaling, dropout)
+            saved.append(kept)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, output, total, *tensors)
-        ctx.parts, ctx.scaling, ctx.dropout, ctx.biased, ctx.kept = parts, scaling, dropout, biased, kept_masks
+        ctx.parts, ctx.scaling, ctx.dropout, ctx.saved = parts, scaling, dropout, saved
         return output
 
     @staticmethod
@@ -98,23 +121,11 @@ class _Joint(torch.autograd.Function):
         total = total.masked_fill(total == float("-inf"), HUGE)
         grad_query = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
         grads = []
-        for part, saved, kept, (key, value, bias) in zip(
-            ctx.parts, ctx.biased, ctx.kept, _triples(tensors), strict=True
-        ):
-            lse = part.arrange(total[..., None], HUGE)[..., 0]
-            if bias is not None:
-                lse = lse - bias[:, None]
-            dq, dk, dv = _backward(
-                part.arrange(grad, 0.0), part.arrange(query, 0.0), key, value, part.arrange(output, 0.0), lse, part,
-                ctx.scaling, ctx.dropout, kept,
-            )  # fmt: skip
-            back = part.collect(dq, 0.0)
-            grad_query += back[..., 0, :] if back.shape[3] == 1 else back.sum(3)
-            dbias = None
-            if bias is not None:
-                out, own = saved
-                weight = torch.exp(own - total)
-                dbias = (weight * ((out - output) * grad).sum(-1)).sum((0, 2)).to(bias.dtype)
+        for (part, key, value, bias), saved in zip(_with_tensors(ctx.parts, tensors), ctx.saved, strict=True):
+            dq, dk, dv, dbias = part.differentiate(
+                grad, output, total, query, key, value, bias, ctx.scaling, ctx.dropout, saved
+            )
+            grad_query += dq
             grads += [dk, dv, dbias]
         return grad_query.to(query.dtype), None, None, None, *grads
 
