@@ -57,7 +57,7 @@ def model_card(results: dict[str, Any], label: str, repo_id: str | None = None) 
 
 
 def _row(results: dict[str, Any], label: str) -> dict[str, Any]:
-    needed = {"model", "task", "dataset", "metric", "rows", "command", "versions", "seed"}
+    needed = {"model", "task", "dataset", "rows", "command", "versions", "seed"}
     if missing := sorted(needed - results.keys()):
         raise ValueError(
             f"these results have no {', '.join(map(repr, missing))}; a card is made from the results.json of "
@@ -165,8 +165,7 @@ def _quality(results: dict[str, Any], row: dict[str, Any]) -> str:
         lines.append([name + failed, *map(_number, values)])
     text = (
         f"Before and after fine-tuning on `{results['dataset']['name']}`, same seed, steps and data for every row. "
-        f"Rows are ranked by {results['metric'].replace('_', ' ')}. Zero attention replaces what attention puts out by "
-        "zeros: what the model can do without any."
+        "Zero attention replaces what attention puts out by zeros: what the model can do without any."
     )
     return f"{text}\n\n{_table(header, lines)}"
 
@@ -208,8 +207,8 @@ def _caveats(results: dict[str, Any], names: list[str]) -> str:
         f"One run with one seed; the figures hold for `{dataset['name']}`"
         + (f" ({dataset['eval_examples']:,} evaluation examples)" if dataset.get("eval_examples") else "")
         + f" at {results['max_length']:,} tokens, and differences of a few examples are noise.",
-        "Memory and time depend on the device, the batch and the length; below the break-even length dense attention "
-        "is both faster and better.",
+        "Memory and time depend on the device, the batch and the length; on short texts dense attention can be "
+        "both faster and better.",
         f"The checkpoint needs `hf_efficient_attn` with the {'variants' if len(names) > 1 else 'variant'} "
         f"{', '.join(f'`{name}`' for name in names)}.",
         "The limits and biases of the base model are those of this one.",

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from test_hub_card import example_results
+
+from hf_efficient_attn.hub import model_card
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +56,7 @@ print(json.dumps(dict(model_type=type(model.config).model_type, model=type(model
                       equal_logits=torch.equal(logits, pushed["logits"]), equal_weights=equal_weights)))
 """
 
+CARD = "from huggingface_hub import ModelCard; ModelCard.load('card.md').push_to_hub('me/tiny')"
 PATCH = "import hf_efficient_attn; hf_efficient_attn.patch_model(model, 'linformer')"
 
 
@@ -105,13 +109,16 @@ def test_plain_transformers_model_makes_the_round_trip(hub, client):
 
 
 def test_patched_model_makes_the_round_trip(hub, client, tmp_path):
-    pushed = client(PUSH, patch=PATCH)
+    card = model_card(example_results(), "mixture", "me/tiny")
+    (tmp_path / "card.md").write_text(card)
+    pushed = client(PUSH, patch=PATCH, card=CARD)
     assert "changed by the patch: True" in pushed.stdout
     files = hub.files("me/tiny")
     assert files["model.safetensors"].lfs
     assert hub.asked("PUT", rf"^/lfs/{files['model.safetensors'].sha256}$")
     config = json.loads(files["config.json"].content)
     assert config["model_type"] == "efficient_bert" and "efficient_attention" in config
+    assert files["README.md"].content.decode() == card
 
     assert loaded(client(LOAD, library="import hf_efficient_attn")) == {
         "model_type": "efficient_bert",

@@ -37,8 +37,7 @@ def layer(index: int, variant: str, **config) -> dict:
     return {"layer": index, "variant": variant, "config": {"variant": variant, **config}}
 
 
-@pytest.fixture
-def results() -> dict:
+def example_results() -> dict:
     window = [layer(i, "sliding_window", window=256, sinks=4) for i in range(6)]
     mixture = [*window[:2], *(layer(i, "linformer", rank=64) for i in range(2, 6))]
     return {
@@ -61,6 +60,11 @@ def results() -> dict:
             row("broken", "variant", 0.16, None, layers=window, status="diverged", error="the loss became NaN"),
         ],
     }
+
+
+@pytest.fixture
+def results() -> dict:
+    return example_results()
 
 
 def test_metadata_is_what_the_hub_reads(results):
