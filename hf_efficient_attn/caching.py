@@ -126,7 +126,7 @@ class TokenStore(Node):
             if isinstance(stored, Tensor):  # rows end at different slots: close the gap
                 slots = torch.arange(size + n, device=key.device)
                 source = torch.where(slots < stored[:, None], slots, slots + size - stored[:, None])
-                key, value = _take(key, source.clamp_max(size + n - 1)), _take(value, source.clamp_max(size + n - 1))
+                key, value = take(key, source.clamp_max(size + n - 1)), take(value, source.clamp_max(size + n - 1))
         added = n if lengths is None else lengths
         entries.update(key=key, value=value, count=count + added)
         return Buffer(key, value, first, stored, stored + added)
@@ -144,8 +144,8 @@ class TokenStore(Node):
             drop = min(max(position - first, 0), entries["key"].shape[2])
             if drop:
                 entries.update(
-                    key=entries["key"][:, :, drop:].contiguous(),
-                    value=entries["value"][:, :, drop:].contiguous(),
+                    key=entries["key"][:, :, drop:].clone(),
+                    value=entries["value"][:, :, drop:].clone(),  # a view would keep all of it alive
                     first=first + drop,
                 )
             return
@@ -154,7 +154,7 @@ class TokenStore(Node):
         drop = drop.expand(entries["key"].shape[0])
         size = min(entries["key"].shape[2], most)
         source = (torch.arange(size, device=drop.device) + drop[:, None]).clamp_max(entries["key"].shape[2] - 1)
-        entries.update(key=_take(entries["key"], source), value=_take(entries["value"], source), first=first + drop)
+        entries.update(key=take(entries["key"], source), value=take(entries["value"], source), first=first + drop)
 
     def keep_until(self, position: int) -> None:
         """Forgets tokens at `position` and after; for the first tokens of a sequence, which never change."""
@@ -322,6 +322,6 @@ class AttentionState(Node, CacheLayerMixin):
         return self.entries[name]
 
 
-def _take(x: Tensor, source: Tensor) -> Tensor:
-    """x (B, G, S, D), source (B, T) slots -> (B, G, T, D)."""
+def take(x: Tensor, source: Tensor) -> Tensor:
+    """The slots `source` (B, T) of x (B, G, S, D) -> (B, G, T, D)."""
     return torch.gather(x, 2, source[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
