@@ -80,7 +80,7 @@ def _row(results: dict[str, Any], label: str) -> dict[str, Any]:
 
 def _variant_names(row: dict[str, Any]) -> list[str]:
     """The row's variants in order of their first layer."""
-    return list(dict.fromkeys(layer["variant"] for layer in row["layers"]))
+    return list(dict.fromkeys(layer["variant"] for layer in row["layers"] if layer["variant"] is not None))
 
 
 def _metadata(results: dict[str, Any], row: dict[str, Any], names: list[str]) -> ModelCardData:
@@ -119,16 +119,17 @@ def _introduction(results: dict[str, Any], names: list[str]) -> str:
 
 
 def _layers_table(row: dict[str, Any]) -> str:
-    """Layers that are configured alike share a line."""
-    groups: dict[str, list[int]] = {}
+    """`describe(model)` in short: layers that are configured alike share a line."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for layer in row["layers"]:
-        values = {name: value for name, value in layer["config"].items() if name != "variant"}
-        spelled = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        groups.setdefault(f"`{layer['variant']}` | {spelled or '-'}", []).append(layer["layer"])
-    return _table(
-        ["layers", "variant", "hyper-parameters"],
-        [[", ".join(map(str, layers)), *key.split(" | ", 1)] for key, layers in groups.items()],
-    )
+        values = ", ".join(f"{name}={value!r}" for name, value in layer["hyper_parameters"].items())
+        variant = "dense" if layer["variant"] is None else f"`{layer['variant']}`"
+        groups.setdefault((variant, values or "-"), []).append(layer)
+    lines = [
+        [", ".join(str(layer["layer"]) for layer in layers), *key, f"{sum(x['added_parameters'] for x in layers):,}"]
+        for key, layers in groups.items()
+    ]
+    return _table(["layers", "variant", "hyper-parameters", "added parameters"], lines)
 
 
 def _papers(names: list[str]) -> str:

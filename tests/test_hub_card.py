@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from hf_efficient_attn.hub import main, model_card
 from hf_efficient_attn.measuring import ModelCost, StepCost
+from hf_efficient_attn.patching import LayerDescription
 
 
 def cost(megabytes: int, seconds: float, cache: int | None = None) -> dict:
@@ -33,13 +34,13 @@ def row(label: str, kind: str, before: float | None, after: float | None, **more
     return {"label": label, "kind": kind, "layers": [], "status": "ok", "error": None, "cost": None} | quality | more
 
 
-def layer(index: int, variant: str, **config) -> dict:
-    return {"layer": index, "variant": variant, "config": {"variant": variant, **config}}
+def layer(index: int, variant: str | None, added: int = 0, **hyper_parameters) -> dict:
+    return asdict(LayerDescription(index, f"encoder.layer.{index}", variant, hyper_parameters, added))
 
 
 def example_results() -> dict:
     window = [layer(i, "sliding_window", window=256, sinks=4) for i in range(6)]
-    mixture = [*window[:2], *(layer(i, "linformer", rank=64) for i in range(2, 6))]
+    mixture = [*window[:2], *(layer(i, "linformer", 32768, rank=64) for i in range(2, 5)), layer(5, None)]
     return {
         "command": "python examples/finetune.py --model minilm --variants dense sliding_window mixture",
         "git_revision": "0123abc",
@@ -90,8 +91,9 @@ def test_quality_stands_beside_dense_and_the_rows_own_controls(results):
 
 def test_layers_hyper_parameters_cost_and_provenance(results):
     card = model_card(results, "mixture")
-    assert "| 0, 1 | `sliding_window` | window=256, sinks=4 |" in card
-    assert "| 2, 3, 4, 5 | `linformer` | rank=64 |" in card
+    assert "| 0, 1 | `sliding_window` | window=256, sinks=4 | 0 |" in card
+    assert "| 2, 3, 4 | `linformer` | rank=64 | 98,304 |" in card
+    assert "| 5 | dense | - | 0 |" in card
     assert "| **mixture** | 570 | 3.375 | 190 | 1.125 | 455.1 |" in card
     assert "| dense | 1,200 | 6 | 400 | 2 | 256 |" in card
     assert "decoder cache" not in card
