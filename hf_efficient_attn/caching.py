@@ -199,6 +199,7 @@ class AttentionState(Node, CacheLayerMixin):
         self.seen = 0
         self.count: Count = 0
         self.real: Tensor | None = None  # (B, seen) bool, once a padded token was seen
+        self.owner: dict | None = None  # the config of the variant that fills this state
         self.record_past = False
         self.record: dict | None = None  # the state before the latest call, and that call's inputs
         self.pending: dict | None = None  # a call's inputs to be read again before the next call
@@ -225,7 +226,9 @@ class AttentionState(Node, CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
+        owner = self.owner
         self.__init__()
+        self.owner = owner
 
     def offload(self) -> None:
         self.map_tensors(lambda x: x.to("cpu", non_blocking=True))

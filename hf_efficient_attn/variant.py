@@ -61,6 +61,15 @@ class EfficientAttention(nn.Module):
     def check_host(cls, config: EfficientAttentionConfig, host: HostShape) -> None:
         """Raises ValueError where this config cannot serve this layer; runs before a model is changed."""
 
+    @classmethod
+    def resolve(cls, config: EfficientAttentionConfig, host: HostShape) -> EfficientAttentionConfig:
+        """The config with what it leaves to the model filled in (such as a length of None); this one is saved."""
+        return config
+
+    @classmethod
+    def tie_parameters(cls, modules: list[EfficientAttention]) -> None:
+        """Shares parameters between the layers that one entry of a patch gave this variant; called after they are built."""
+
     def attend(
         self,
         query: Tensor,

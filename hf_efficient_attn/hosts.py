@@ -1,0 +1,204 @@
+"""
+How Transformers' attention modules look: the one place that knows.
+
+A host is a self-attention module that hands its heads to `AttentionInterface`. The rule that finds hosts needs no table of
+architectures: a module that is no `PreTrainedModel`, has a `config` and an `is_causal`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .variant import HostShape
+
+CROSS_ATTENTION = {"crossattention", "cross_attention", "cross_attn", "encoder_attn", "EncDecAttention", "multihead_attn"}
+POSITION_TABLE_WORDS = ("position", "wpe")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One self-attention module: its dotted name, the module, and what a variant has to know of it."""
+
+    name: str
+    module: nn.Module
+    shape: HostShape
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """
+    The Transformers model in `model`: itself, or the one that a wrapper (PEFT, sentence_transformers, ...) holds.
+
+    Raises:
+        ValueError: there is none, or more than one side by side.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer, _ in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found.append((name, module))
+    if len(found) == 1:
+        return found[0][1]
+    inventory = ", ".join(name for name, _ in found) or "none"
+    raise ValueError(
+        f"{type(model).__name__} must be, or contain exactly one, Transformers PreTrainedModel; it contains: {inventory}. "
+        "Pass that model itself."
+    )
+
+
+def dispatching_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that calls `AttentionInterface`, self- and cross-attention, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, PreTrainedModel)
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
+        and hasattr(module, "is_causal")
+        and hasattr(sys.modules.get(_own_class(module).__module__), "ALL_ATTENTION_FUNCTIONS")
+    }
+
+
+def find_hosts(model: nn.Module) -> list[Host]:
+    """
+    The model's self-attention layers, counted from 0 in order.
+
+    Raises:
+        ValueError: there is none, with the reason.
+    """
+    modules = {n: m for n, m in dispatching_modules(model).items() if not CROSS_ATTENTION & set(n.split("."))}
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention that Transformers dispatches through AttentionInterface, so there "
+            "is nothing to patch. Models with attention of their own (BLOOM, DeBERTa, ...) are not supported."
+        )
+    limit = learned_positions(model)
+    return [
+        Host(name, module, _shape(name, module, index, len(modules), limit))
+        for index, (name, module) in enumerate(modules.items())
+    ]
+
+
+def _own_class(module: nn.Module) -> type:
+    return getattr(type(module), "dense_class", type(module))
+
+
+def _shape(name: str, module: nn.Module, index: int, count: int, limit: int | None) -> HostShape:
+    config = module.config
+    heads = _first_int(module, "num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
+    heads = heads or _first_int(config, "num_attention_heads", "encoder_attention_heads")
+    groups = _first_int(module, "num_key_value_groups")
+    kv_heads = _first_int(module, "num_key_value_heads", "num_kv_heads")
+    if kv_heads is None:
+        kv_heads = heads // groups if groups else heads
+    width = _first_int(module, "embed_dim", "hidden_size", "all_head_size", "inner_dim", "dim")
+    width = width or _first_int(config, "hidden_size", "d_model")
+    head_dim = _first_int(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+    head_dim = head_dim or _first_int(config, "head_dim") or width // heads
+    # A module may be built causal and asked to read both ways by its config (an embedding model made of a decoder).
+    causal = bool(module.is_causal) and getattr(config, "is_causal", True) is not False
+    return HostShape(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=_first_int(config, "hidden_size", "d_model") or width,
+        causal=causal,
+        layer=index,
+        num_layers=count,
+        max_positions=limit,
+    )
+
+
+def _first_int(owner: Any, *names: str) -> int | None:
+    for name in names:
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def refusal(host: Host) -> str | None:
+    """Why no variant can serve this layer, or None: terms of its softmax that a variant would drop."""
+    module = host.module
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "caps its logits (attn_logit_softcapping)"
+    if getattr(module, "sinks", None) is not None:
+        return "has learned sink logits (sinks)"
+    if hasattr(module, "relative_attention_bias") or getattr(module, "has_relative_attention_bias", False):
+        return "adds a relative position bias to its logits"
+    if host.shape.causal and not hands_on_kwargs(_own_class(module)):
+        return "does not hand its keyword arguments to the attention function, so a decoder state cannot reach it"
+    value_dim = getattr(module, "v_head_dim", None)
+    if isinstance(value_dim, int) and value_dim != host.shape.head_dim:
+        return f"has values of size {value_dim} beside queries of size {host.shape.head_dim}"
+    return None
+
+
+@lru_cache(maxsize=None)
+def hands_on_kwargs(cls: type) -> bool:
+    """Whether the forward of an attention class gives its keyword arguments to the attention function."""
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values()):
+        return False
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError):
+        return True  # no source to read: the check after every call still finds a layer that stayed dense
+    return source.count("**kwargs") >= 2
+
+
+def forward_argument(cls: type, name: str, args: tuple, kwargs: dict) -> Any:
+    """The value of parameter `name` in a call of cls.forward(self, *args, **kwargs), or None."""
+    if name in kwargs:
+        return kwargs[name]
+    position = _positions_of(cls).get(name)
+    return args[position] if position is not None and position < len(args) else None
+
+
+@lru_cache(maxsize=None)
+def _positions_of(cls: type) -> dict[str, int]:
+    return {name: i - 1 for i, name in enumerate(inspect.signature(cls.forward).parameters)}
+
+
+def hidden_input(cls: type, args: tuple, kwargs: dict) -> Any:
+    """The hidden states (B, N, E) that an attention module was called with."""
+    if args:
+        return args[0]
+    return next((kwargs[n] for n in ("hidden_states", "hidden_state", "query", "x") if n in kwargs), None)
+
+
+# Learned absolute positions
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """An embedding of learned positions; its first `offset` rows stand for no position (RoBERTa, OPT, BART)."""
+
+    name: str
+    module: nn.Embedding
+    offset: int
+
+
+def position_tables(model: nn.Module) -> list[PositionTable]:
+    """Every table of learned absolute positions in the model."""
+    tables = []
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        relative = "relative" in leaf or "relative" in name
+        if isinstance(module, nn.Embedding) and not relative and any(w in leaf for w in POSITION_TABLE_WORDS):
+            padding = module.padding_idx
+            offset = getattr(module, "offset", padding + 1 if padding is not None else 0)
+            tables.append(PositionTable(name, module, offset))
+    return tables
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many tokens the learned positions reach, or None where the model has none."""
+    reach = [table.module.num_embeddings - table.offset for table in position_tables(model)]
+    return min(reach) if reach else None

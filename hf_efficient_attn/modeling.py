@@ -1,0 +1,250 @@
+"""
+Which classes a patched model is saved as and loaded by: `EfficientBertConfig` (model_type `efficient_bert`) and
+`EfficientBert...` for every `AutoModelFor...` that BERT has, for every architecture of Transformers.
+
+They are made when they are first asked for and registered with the Auto classes. A reader without this library gets
+Transformers' own "unrecognized model type" instead of a silently dense model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .dispatch import CHILD
+from .swapping import plan, revert_layers, swap_layers
+
+PREFIX = "efficient_"
+FIELD = "efficient_attention"
+
+
+class EfficientConfigMixin:
+    """A config that carries the variants: `efficient_attention`, a mapping layers -> variant as `patch_model` takes it."""
+
+    dense_class: type[PreTrainedConfig]
+
+
+class EfficientModelMixin:
+    """A model whose layers are patched as soon as it is built from an `Efficient...Config`."""
+
+    dense_class: type[PreTrainedModel]
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if CHILD not in {name.rsplit(".", 1)[-1] for name, _ in self.named_modules()}:
+            install(self, getattr(config, FIELD, None))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        As Transformers' own.
+
+        Raises:
+            ValueError: a weight of a variant is missing from the checkpoint or does not fit.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        marker = f".{CHILD}."
+        faults = {kind: [str(key) for key in info.get(kind) or () if marker in str(key)] for kind in _FAULTS}
+        for kind, keys in faults.items():
+            if keys:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: the checkpoint does not fit its variants, {kind.replace('_', ' ')}: "
+                    f"{', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}. It is damaged or was changed by hand."
+                )
+        return (model, info) if wanted else model
+
+
+_FAULTS = ("missing_keys", "mismatched_keys", "unexpected_keys")
+
+
+class ForeignModelMixin:
+    """A patched model of code outside Transformers: it runs and trains, but the Auto classes could not load it."""
+
+    dense_class: type[PreTrainedModel]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"{self.dense_class.__name__} is not a class of Transformers, so its patched form cannot be loaded again. "
+            "Save the dense model (unpatch_model) and the state_dict of the patched one."
+        )
+
+
+def install(model: PreTrainedModel, choices: Mapping[str, Any] | None) -> dict[str, dict]:
+    """
+    Patches the layers of a model whose class and config are already the efficient ones.
+
+    Raises:
+        ValueError: the mapping is missing or cannot be served.
+    """
+    if not isinstance(choices, Mapping) or not choices:
+        raise ValueError(f"{type(model.config).__name__}.{FIELD} must map layers to variants, got {choices!r}.")
+    swaps, mapping = plan(model, choices)
+    swap_layers(model, swaps)
+    model.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
+    return mapping
+
+
+def adopt(model: PreTrainedModel, choices: Mapping[Any, Any]) -> None:
+    """Patches a model and gives it and its config the classes that save and load it patched."""
+    config_class = type(model.config)
+    known = config_class.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config_class.model_type] is config_class
+    model_class = getattr(transformers, type(model).__name__, None) is type(model) and known
+    mapping = install(model, choices)
+    if model_class:
+        model.config.__class__ = efficient_config_class(config_class)
+        model.__class__ = efficient_model_class(type(model))
+        setattr(model.config, FIELD, mapping)
+    else:
+        model.__class__ = _foreign_class(type(model))
+
+
+def release(model: PreTrainedModel) -> None:
+    """The inverse of `adopt`."""
+    revert_layers(model)
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is refuse_attention_maps]:
+        del hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    if isinstance(model.config, EfficientConfigMixin):
+        model.config.__dict__.pop(FIELD, None)
+        model.config.__class__ = model.config.dense_class
+    if isinstance(model, (EfficientModelMixin, ForeignModelMixin)):
+        model.__class__ = model.dense_class
+
+
+def refuse_attention_maps(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a patched model: a variant forms no N x N weights to give back."""
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(model.config, "output_attentions", False)
+    if asked:
+        raise ValueError(
+            "output_attentions=True: a patched layer forms no attention matrix that could be returned. Call "
+            "unpatch_model(model) to look at the dense attention."
+        )
+
+
+_CONFIG_CLASSES: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+
+
+def efficient_config_class(dense_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`EfficientBertConfig` of `BertConfig`, registered with `AutoConfig`."""
+    if dense_class in _CONFIG_CLASSES:
+        return _CONFIG_CLASSES[dense_class]
+    name = f"Efficient{dense_class.__name__}"
+    cls = type(
+        name,
+        (EfficientConfigMixin, dense_class),
+        {
+            "__module__": __name__,
+            "__doc__": f"{dense_class.__name__} of a model whose attention is patched; see `{FIELD}`.",
+            "__annotations__": {FIELD: dict | None},
+            FIELD: None,
+            "model_type": PREFIX + dense_class.model_type,
+            "dense_class": dense_class,
+        },
+    )
+    setattr(sys.modules[__name__], name, cls)
+    _CONFIG_CLASSES[dense_class] = cls  # before the models, which ask for it
+    AutoConfig.register(cls.model_type, cls, exist_ok=True)
+    _register_models(dense_class, cls)
+    _share_tables(dense_class.model_type, cls.model_type)
+    return cls
+
+
+@lru_cache(maxsize=None)
+def efficient_model_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`EfficientBertForMaskedLM` of `BertForMaskedLM`."""
+    name = f"Efficient{dense_class.__name__}"
+    members = {
+        "__module__": __name__,
+        "__doc__": f"{dense_class.__name__} with patched attention.",
+        "dense_class": dense_class,
+    }
+    cls = type(name, (EfficientModelMixin, dense_class), members)
+    setattr(sys.modules[__name__], name, cls)
+    cls.config_class = efficient_config_class(dense_class.config_class)
+    return cls
+
+
+@lru_cache(maxsize=None)
+def _foreign_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(f"Efficient{dense_class.__name__}", (ForeignModelMixin, dense_class), {"dense_class": dense_class})
+
+
+def _auto_classes() -> list[type]:
+    return [
+        value
+        for name, value in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and isinstance(value, type) and hasattr(value, "_model_mapping")
+    ]
+
+
+def _register_models(dense_config: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> None:
+    for auto in _auto_classes():
+        mapping = auto._model_mapping
+        if dense_config not in mapping._extra_content and dense_config.model_type not in mapping._model_mapping:
+            continue
+        found = mapping[dense_config]
+        for dense in found if isinstance(found, tuple) else (found,):
+            if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
+                auto.register(config, efficient_model_class(dense), exist_ok=True)
+                break
+
+
+def _share_tables(dense_type: str, efficient_type: str) -> None:
+    """What Transformers and PEFT look up by model type holds for the patched type as well."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+    conversion = get_checkpoint_conversion_mapping(dense_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(efficient_type, conversion, overwrite=True)
+    if importlib.util.find_spec("peft") is not None:
+        from peft.utils import constants
+
+        for name, table in vars(constants).items():
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and dense_type in table:
+                table[efficient_type] = table[dense_type]
+
+
+class _MadeOnDemand(dict):
+    """The config classes registered with Transformers from outside; `efficient_<type>` is made when it is looked up."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._make(key) is not None
+
+    def __getitem__(self, key: str) -> type[PreTrainedConfig]:
+        if not super().__contains__(key):
+            self._make(key)
+        return super().__getitem__(key)
+
+    def _make(self, key: object) -> type[PreTrainedConfig] | None:
+        if not isinstance(key, str) or not key.startswith(PREFIX):
+            return None
+        dense_type = key.removeprefix(PREFIX)
+        if dense_type not in CONFIG_MAPPING._mapping:
+            return None
+        return efficient_config_class(CONFIG_MAPPING[dense_type])
+
+
+if not isinstance(CONFIG_MAPPING._extra_content, _MadeOnDemand):
+    CONFIG_MAPPING._extra_content = _MadeOnDemand(CONFIG_MAPPING._extra_content)
+
+
+def __getattr__(name: str) -> type:
+    """`EfficientBertForMaskedLM` and the like by name, so that they can be imported and pickled."""
+    dense = getattr(transformers, name.removeprefix("Efficient"), None) if name.startswith("Efficient") else None
+    if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
+        return efficient_model_class(dense)
+    if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):
+        return efficient_config_class(dense)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,122 @@
+"""The public calls that change a model: `patch_model`, `unpatch_model`, `patched`, and `describe`, which looks at one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .config import EfficientAttentionConfig
+from .dispatch import CHILD
+from .hosts import base_model, find_hosts
+from .modeling import adopt, release
+from .swapping import Layers, make_config
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch_model(
+    model: Model,
+    variant: str | EfficientAttentionConfig | Mapping[Any, Any],
+    *,
+    layers: Layers = None,
+    **hyper: Any,
+) -> Model:
+    """
+    Swaps the self-attention of a pretrained Transformers model for an efficient variant, in place; returns the model.
+
+    variant: a registry name (`available_variants()`), with hyper-parameters as keywords; a config; or a mapping from layers
+        to names, configs or config dicts, such as {"0-5": "sliding_window", "6-11": LinformerConfig(rank=64)}.
+    layers: attention layers counted from 0, as a list or a range string ("2-5", "8-"); None for all. Layers that are not
+        named, and all cross-attention, stay as they are.
+
+    Pretrained weights keep their names and places; what a variant adds lies under `<layer>.efficient_attn.`. The model's
+    config records the patch, so `save_pretrained`, `push_to_hub` and the Auto classes bring it back.
+
+    Raises:
+        ValueError: an unknown variant, hyper-parameter or layer, a value out of range, a model that is patched already or
+            cannot be, or a combination that cannot work. The model is unchanged then.
+    """
+    base = base_model(model)
+    if _is_patched(base):
+        raise ValueError(f"{type(base).__name__} is patched already; call unpatch_model(model) first.")
+    if isinstance(variant, Mapping) and "variant" not in variant:
+        if layers is not None or hyper:
+            raise ValueError("a mapping names its own layers and hyper-parameters; leave out `layers` and keywords.")
+        choices: Mapping[Any, Any] = variant
+    else:
+        choices = {_as_key(layers): make_config(variant, hyper)}
+    adopt(base, choices)
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """
+    Gives every patched layer its dense attention back, bit for bit, in place; returns the model. What the variants had
+    learned is dropped with them.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    base = base_model(model)
+    if not _is_patched(base):
+        raise ValueError(f"{type(base).__name__} is not patched.")
+    release(base)
+    return model
+
+
+@contextmanager
+def patched(model: Model, variant: Any, *, layers: Layers = None, **hyper: Any) -> Iterator[Model]:
+    """`patch_model` for the length of a `with` block."""
+    patch_model(model, variant, layers=layers, **hyper)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One attention layer: `variant` is None where it is dense; `added_parameters` counts what the variant brought."""
+
+    layer: int
+    name: str
+    variant: str | None
+    hyper_parameters: dict[str, Any]
+    added_parameters: int
+
+
+class Description(list):
+    """A list of `LayerDescription`, one per attention layer; printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("layer", "module", "variant", "added", "hyper-parameters")]
+        for row in self:
+            hyper = ", ".join(f"{k}={v}" for k, v in row.hyper_parameters.items())
+            rows.append((str(row.layer), row.name, row.variant or "dense", f"{row.added_parameters:,}", hyper))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
+
+
+def describe(model: nn.Module) -> Description:
+    """What every attention layer of a model runs; works on patched and on dense models."""
+    description = Description()
+    for host in find_hosts(base_model(model)):
+        variant = getattr(host.module, CHILD, None)
+        settings = {} if variant is None else variant.config.to_dict()
+        name = settings.pop("variant", None)
+        added = 0 if variant is None else sum(p.numel() for p in variant.parameters())
+        description.append(LayerDescription(host.shape.layer, host.name, name, settings, added))
+    return description
+
+
+def _is_patched(model: nn.Module) -> bool:
+    return any(name.rsplit(".", 1)[-1] == CHILD for name, _ in model.named_modules())
+
+
+def _as_key(layers: Layers) -> Any:
+    """A hashable form of `layers` for a mapping of one entry."""
+    return layers if layers is None or isinstance(layers, (str, int)) else tuple(layers)
