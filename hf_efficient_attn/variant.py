@@ -50,6 +50,8 @@ class EfficientAttention(nn.Module):
 
     config_class: ClassVar[type[EfficientAttentionConfig]]
     needs_hidden: ClassVar[bool] = False
+    linear_cost: ClassVar[bool] = True  # FLOPs grow as N; False where they grow as N^2 over a constant
+    constant_state: ClassVar[bool] = False  # the decoder state stays the same size however long generation runs
 
     def __init__(self, config: EfficientAttentionConfig, host: HostShape) -> None:
         super().__init__()

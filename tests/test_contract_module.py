@@ -1,0 +1,13 @@
+"""The contract on every registered variant's module, encoder and decoder; found by the registry, no variant is named."""
+
+import pytest
+from contract import CHECKS, Subject
+
+from hf_efficient_attn import available_variants
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("name", list(available_variants()))
+@pytest.mark.parametrize("check", list(CHECKS))
+def test_contract(check: str, name: str, causal: bool) -> None:
+    CHECKS[check](Subject(name, causal, oracle=name))
