@@ -1,1 +1,8 @@
 """One file per variant; importing it registers it. A new variant adds its line here."""
+
+from . import (
+    block,
+    flash,
+    sliding_window,
+    transformer_xl,
+)
