@@ -1,4 +1,4 @@
-"""What holds for every test: no network, fixed seeds, few threads, and no use of Transformers that it calls deprecated."""
+"""For every test: no network, fixed seeds, few threads, and no use of Transformers that it calls deprecated."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
 """
 The slow, obvious formula of every variant: the oracle that the library's own code is tested against.
 
-Each `naive_<name>` takes one row without padding and forms N x M weights or loops; speed and memory do not count, only that
-the code reads like the definition. All are differentiable by autograd (selections are constants) and as exact as the dtype.
+Each `naive_<name>` takes one row without padding and forms N x M weights or loops; speed and memory do not count, only
+that the code reads like the definition. All are differentiable by autograd (selections are constants) and as exact as
+the dtype.
 
-Letters: H query heads, G key/value heads (query head h reads key/value head h // (H / G)), N queries, M >= N keys, D head
-size, m features. query (H, N, D); key and value (G, M, D); output (H, N, D). Query i stands at position t = M - N + i, so
-that with M > N the queries are the last ones, as in decoding. In a decoder (causal=True) position t sees j <= t only.
+Letters: H query heads, G key/value heads (query head h reads key/value head h // (H / G)), N queries, M >= N keys, D
+head size, m features. query (H, N, D); key and value (G, M, D); output (H, N, D). Query i stands at position
+t = M - N + i, so that with M > N the queries are the last ones, as in decoding. In a decoder (causal=True) position t sees j <= t
+only.
 
-What holds for all: sinks are the first `num_sinks` real positions, which every query at or after them sees, in decoders;
-encoders ignore `num_sinks`, decoders ignore `global_tokens`. A variant `combined` of others takes the registry name of a part
-from `part.name` and its module from `module.parts[i]`.
+What holds for all: sinks are the first `num_sinks` real positions, which every query at or after them sees, in
+decoders; encoders ignore `num_sinks`, decoders ignore `global_tokens`. A variant `combined` of others takes the
+registry name of a part from `part.name` and its module from `module.parts[i]`.
 
 A new variant needs one function here, decorated with `oracle`.
 """
@@ -50,8 +52,8 @@ def naive_attention(
     """
     A batch: takes the padding out of each row, computes the row, and puts it back with zeros at padded queries.
 
-    query (B, H, N, D), key and value (B, G, M, D), padding (B, M) with True = keep, or None; the queries belong to the last
-    N columns. Honours `config.dense_below`.
+    query (B, H, N, D), key and value (B, G, M, D), padding (B, M) with True = keep, or None; the queries belong to the
+    last N columns. Honours `config.dense_below`.
     """
     batch, _, length, _ = query.shape
     if padding is None:
@@ -91,7 +93,7 @@ def naive_row(
     """One row without padding, with `dense_below`: short encoder rows and early decoder positions attend exactly."""
     N, M = query.shape[1], key.shape[1]
     dense = naive_flash(query, key, value, config=config, scaling=scaling, causal=causal)
-    if not causal and M < config.dense_below:
+    if not causal and config.dense_below > M:
         return dense
     out = ORACLES[variant_name](query, key, value, config=config, scaling=scaling, causal=causal, module=module)
     if not causal:
@@ -100,7 +102,7 @@ def naive_row(
     return torch.where(early[None, :, None], dense, out)
 
 
-# -------------------------------------------------------------------------------------------------------- softmax by a mask
+# --------------------------------------------------------------------------------------------- softmax by a mask
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
@@ -151,8 +153,8 @@ def naive_block(query, key, value, *, config, scaling, causal, module=None):
 @oracle
 def naive_strided(query, key, value, *, config, scaling, causal, module=None):
     """
-    t sees every j with (t - j) mod `stride` = 0, and its neighbours: decoder, itself and `local_size` - 1 before it; encoder,
-    `local_size` on each side besides itself (which the stride sees in any case). The sinks in a decoder.
+    t sees every j with (t - j) mod `stride` = 0, and its neighbours: decoder, itself and `local_size` - 1 before it;
+    encoder, `local_size` on each side besides itself (which the stride sees in any case). The sinks in a decoder.
     """
 
     def sees(t, j):
@@ -165,8 +167,9 @@ def naive_strided(query, key, value, *, config, scaling, causal, module=None):
 @oracle
 def naive_sliding_window(query, key, value, *, config, scaling, causal, module=None):
     """
-    Dilation d of the head, window w. Decoder: t sees t, t - d, ..., t - (w - 1) d and the sinks. Encoder: t sees t, t +- d,
-    ..., t +- w d; the first `global_tokens` positions see all and are seen by all (with the ordinary projections).
+    Dilation d of the head, window w. Decoder: t sees t, t - d, ..., t - (w - 1) d and the sinks. Encoder: t sees
+    t, t +- d, ..., t +- w d; the first `global_tokens` positions see all and are seen by all (with the ordinary
+    projections).
 
     `dilation` is one number or a list with one number per query head (equal within a group, which shares its keys).
     """
@@ -189,8 +192,8 @@ def naive_sliding_window(query, key, value, *, config, scaling, causal, module=N
 @oracle
 def naive_transformer_xl(query, key, value, *, config, scaling, causal, module=None):
     """
-    t of segment s sees its segment (up to itself in a decoder) and the `memory_size` positions before the segment's start,
-    in both directions of reading: an encoder has no memory of what follows the segment. The sinks in a decoder.
+    t of segment s sees its segment (up to itself in a decoder) and the `memory_size` positions before the segment's
+    start, in both directions of reading: an encoder has no memory of what follows the segment. The sinks in a decoder.
     """
     size = config.segment_size
 
@@ -226,21 +229,21 @@ def naive_combined(query, key, value, *, config, scaling, causal, module=None):
     return torch.cat(heads)
 
 
-# -------------------------------------------------------------------------------------------------------- chosen blocks
+# ------------------------------------------------------------------------------------------------- chosen blocks
 
 
 @oracle
 def naive_topk_blocks(query, key, value, *, config, scaling, causal, module=None):
     """
-    A query sees its chosen blocks of `block_size` keys: its own block, block 0, and those with the best scores until there are
-    `top_k` in all; with `top_k` = 1 its own block alone. Where own block and block 0 are one, it counts once.
+    A query sees its chosen blocks of `block_size` keys: its own block, block 0, and those with the best scores until
+    there are `top_k` in all; with `top_k` = 1 its own block alone. Where own block and block 0 are one, it counts once.
 
-    Score of a block: summary "mean" q . mean(k); "minmax" sum_d max(q_d min(k)_d, q_d max(k)_d), the bound of every q . k.
-    Candidates are the complete blocks before the query's own (decoder) or all blocks of the row (encoder), whose last one is
-    summarised over the tokens it has. `share_group`: the query heads of a key/value head choose together, by the sum of their
-    scores. `query_block` > 1, encoder only, must divide `block_size`: so many successive queries choose together by the sum
-    of their scores, over the queries that exist. Of equal scores the lower block wins. `scaling` > 0 does not matter for the
-    choice. Decoders have no sinks besides block 0, and ignore `query_block`.
+    Score of a block: summary "mean" q . mean(k); "minmax" sum_d max(q_d min(k)_d, q_d max(k)_d), the bound of
+    all q . k. Candidates are the complete blocks before the query's own (decoder) or all blocks of the row (encoder), whose
+    last one is summarised over the tokens it has. `share_group`: the query heads of a key/value head choose together,
+    by the sum of their scores. `query_block` > 1, encoder only, must divide `block_size`: so many successive queries
+    choose together by the sum of their scores, over the queries that exist. Of equal scores the lower block wins.
+    `scaling` > 0 does not matter for the choice. Decoders have no sinks besides block 0, and ignore `query_block`.
     """
     H, N, _ = query.shape
     G, M, _ = key.shape
@@ -274,7 +277,7 @@ def naive_topk_blocks(query, key, value, *, config, scaling, causal, module=None
     return softmax_attention(query, key, value, visible, scaling)
 
 
-# -------------------------------------------------------------------------------------------------------- projections
+# --------------------------------------------------------------------------------------------------- projections
 
 
 @oracle
@@ -282,21 +285,21 @@ def naive_linformer(query, key, value, *, config, scaling, causal, module):
     """
     Slot r of a stretch of keys: sum_c E'[r, c] k_c and sum_c F'[r, c] v_c, softmax attention over slots.
 
-    E = `module.proj_k`, F = `module.proj_v`, of shape (G or 1, rank, columns). E' is E over the columns c that hold a real
-    token, each row times (sum |E| over all its columns) / (sum |E| over those); F' alike with F's own sums. A slot is masked
-    where E has no weight on a real column.
+    E = `module.proj_k`, F = `module.proj_v`, of shape (G or 1, rank, columns). E' is E over the columns c that hold a
+    real token, each row times (sum |E| over all its columns) / (sum |E| over those); F' alike with F's own sums. A slot
+    is masked where E has no weight on a real column.
 
     Encoder: columns are positions 0..`max_length` - 1, and the query sees slots only; longer rows raise ValueError.
 
-    Decoder: with t in segment s of `segment_size`, the exact part is [(s - exact_segments) segment_size, t] and the first
-    `num_sinks` positions up to t. Every segment before the exact part gives its slots; columns are positions inside
-    the segment; sinks are taken out of the segments' summaries as if they were not real. Exact tokens and slots share one
-    softmax; slots of query head h have `module.slot_bias[h]` added to their logits. Any length: `max_length` bounds nothing
-    here.
+    Decoder: with t in segment s of `segment_size`, the exact part is [(s - exact_segments) segment_size, t] and the
+    first `num_sinks` positions up to t. Every segment before the exact part gives its slots; columns are positions
+    inside the segment; sinks are taken out of the segments' summaries as if they were not real. Exact tokens and slots
+    share one softmax; slots of query head h have `module.slot_bias[h]` added to their logits. Any length: `max_length`
+    bounds nothing here.
     """
     H, N, _ = query.shape
     G, M, _ = key.shape
-    if not causal and M > config.max_length:
+    if not causal and config.max_length < M:
         raise ValueError(f"{M} tokens, but max_length is {config.max_length}")
     heads = []
     for h in range(H):
@@ -335,7 +338,7 @@ def _slots(E: Tensor, F: Tensor, k: Tensor, v: Tensor, real, first: int) -> tupl
     return out[0][alive], out[1][alive]
 
 
-# -------------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------------------- kernels
 
 
 @oracle

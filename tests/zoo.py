@@ -2,8 +2,8 @@
 A tiny random model of every architecture the tests run on: built from a config, never downloaded.
 
 A new architecture is one line in `ZOO`. All of them have 4 heads of 8, learned positions up to 512, 100 tokens (1 is
-padding, 2 begins, 3 ends a text), no dropout, and weights large enough (standard deviation 0.2) that attention is far from
-uniform. Sliding windows that belong to an architecture are 64 tokens: shorter inputs see everything.
+padding, 2 begins, 3 ends a text), no dropout, and weights large enough (standard deviation 0.2) that attention is far
+from uniform. Sliding windows that belong to an architecture are 64 tokens: shorter inputs see everything.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class Tiny:
         """
         Random inputs of `length` tokens.
 
-        With `pad` "left" or "right" the first row is full (unless it is the only one) and every other row has between half
-        and all but one of its tokens. Texts carry an attention mask in any case, images none: they cannot be padded. An
-        image of `length` tokens is a strip of `length - 1` patches beside the class token. An encoder-decoder gets a
-        decoder text of the same length, padded alike with lengths of its own.
+        With `pad` "left" or "right" the first row is full (unless it is the only one) and every other row has between
+        half and all but one of its tokens. Texts carry an attention mask in any case, images none: they cannot be
+        padded. An image of `length` tokens is a strip of `length - 1` patches beside the class token. An
+        encoder-decoder gets a decoder text of the same length, padded alike with lengths of its own.
         """
         if pad not in ("none", "left", "right"):
             raise ValueError(f"pad = {pad!r}: choose 'none', 'left' or 'right'.")
