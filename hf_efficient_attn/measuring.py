@@ -135,7 +135,7 @@ def measure_model(
     model: torch.nn.Module,
     batch: Mapping[str, torch.Tensor],
     *,
-    loss: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] | None = None,
+    loss: Callable[[], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     repeats: int = 3,
@@ -149,13 +149,13 @@ def measure_model(
 
     Args:
         batch: `input_ids` (batch, length) and whatever else the model takes, on the model's device.
-        loss: (model, batch) -> scalar; by default `model(**batch).loss`.
+        loss: returns the scalar that training minimises on this batch; by default `model(**batch).loss`.
         autocast: returns the context in which forward passes run.
-        decodes: measure the cache that one sequence of this length leaves behind.
+        decodes: the model generates text: inference computes the logits of the last token only, as reading a prompt does, and the
+            cache that one sequence of this length leaves behind is measured.
     """
     device = batch["input_ids"].device
     size, length = batch["input_ids"].shape
-    loss = loss or (lambda model, batch: model(**batch).loss)
 
     def cost(step: Callable[[], Any], prepare: Callable[[], Any]) -> StepCost:
         step()  # allocates what stays: optimizer state, lazily built buffers
@@ -176,7 +176,7 @@ def measure_model(
 
         def train() -> None:
             with autocast():
-                value = loss(model, batch)
+                value = model(**batch).loss if loss is None else loss()
             value.backward()
             optimizer.step()
 
@@ -185,7 +185,9 @@ def measure_model(
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()  # inference does not hold it
 
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if decodes:
+        inputs |= {"use_cache": False, "logits_to_keep": 1}
 
     @torch.no_grad()
     def infer() -> None:
@@ -197,7 +199,7 @@ def measure_model(
     cache = None
     if decodes:
         with torch.no_grad(), autocast():
-            cache = cache_bytes(model(batch["input_ids"][:1], use_cache=True).past_key_values)
+            cache = cache_bytes(model(batch["input_ids"][:1], use_cache=True, logits_to_keep=1).past_key_values)
     return ModelCost(size, length, train_step, inference, cache)
 
 

@@ -103,9 +103,7 @@ def measured(attention: str, length: int = 256):
     model = tiny_gpt2(attention)
     ids = torch.randint(0, 50, (2, length))
     optimizer = torch.optim.AdamW(model.parameters())
-    return model, measure_model(
-        model, {"input_ids": ids, "labels": ids}, optimizer=optimizer, repeats=1, decodes=True
-    )
+    return model, measure_model(model, {"input_ids": ids, "labels": ids}, optimizer=optimizer, repeats=1, decodes=True)
 
 
 def test_measure_model_adds_up():
@@ -117,7 +115,7 @@ def test_measure_model_adds_up():
     for step in (cost.train_step, cost.inference):
         assert step.peak_bytes == step.resident_bytes + step.working_bytes
         assert step.tokens_per_second == pytest.approx(2 * 256 / step.seconds)
-    assert 2.5 < cost.train_step.flops / cost.inference.flops < 3.5
+    assert cost.train_step.flops > 3 * cost.inference.flops  # which leaves out the head, but for one position
     assert cost.train_step.working_bytes > weights  # gradients at least
     assert cost.cache_bytes_per_sequence == 2 * 2 * 256 * 32 * 4  # layers x (keys, values) x tokens x width x float32
 
@@ -136,11 +134,9 @@ def test_resident_bytes_counts_shared_storage_once():
 
 
 def test_cache_bytes_believes_a_layer_that_knows():
-    class Layer:
+    class Holder:
         def __init__(self, **values):
             vars(self).update(values)
 
-    class Cache:
-        layers = [Layer(nbytes=7), Layer(keys=torch.zeros(10), values=torch.zeros(10), note="x")]
-
-    assert cache_bytes(Cache()) == 7 + 80
+    cache = Holder(layers=[Holder(nbytes=7), Holder(keys=torch.zeros(10), values=torch.zeros(10), note="x")])
+    assert cache_bytes(cache) == 7 + 80

@@ -1,0 +1,308 @@
+"""
+What does another attention cost a pretrained model, and what does it save?
+
+    python examples/finetune.py --preset demo
+    python examples/finetune.py --model bert-base-uncased --dataset imdb --variants sliding_window linformer --max-length 512
+    accelerate launch examples/finetune.py --model smollm2 --task causal-lm --variants variants.yaml --max-length 2048
+
+Every variant is put into the same pretrained model, evaluated, fine-tuned with the same seed, steps and data as the dense model, and evaluated
+again; its memory and time are measured in a process of its own. examples/README.md documents the output.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from examples import models, report
+from examples.cost import CostFailed, measure_in_own_process
+from examples.data import Collator, Examples, Schedule
+from examples.objective import Objective
+from examples.options import parse
+from examples.session import Session, broadcast, write_json
+from examples.training import Diverged, Recipe, evaluate_objective, train
+from examples.variants import RunSpec, read_runs
+
+EAGER = "dense (eager)"
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Runs what the arguments ask for and returns the results, as results.json has them.
+
+    Raises:
+        ValueError, FileNotFoundError: something that was asked for cannot be; nothing has been written then.
+    """
+    command = list(sys.argv if args is None else ["examples/finetune.py", *args])
+    args = parse(command[1:])
+    if args.output_dir is None:
+        args.output_dir = f"runs/{Path(args.model).name}-{args.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs = read_runs(args.variants, controls=not args.no_controls)
+    session = Session(args, runs)
+    session.results["command"] = shlex.join(["python", *command])
+    session.accelerator.init_trackers("hf_efficient_attn", config={k: str(v) for k, v in session.arguments.items()})
+    finished = {row["label"] for row in session.results["rows"]}
+    with progress_bars(enabled=session.accelerator.is_main_process and not args.quiet) as bars:
+        overall = bars.add_task("all runs", total=len(runs) + (not args.no_cost), word="")
+        if any(run.label not in finished for run in runs):
+            warm_start(session, bars)
+        for run in runs:
+            if run.label not in finished:
+                session.results["rows"].append(one_run(session, run, bars))
+                session.save()
+            bars.advance(overall)
+        if not args.no_cost:
+            if EAGER not in finished:
+                session.results["rows"].insert(1, eager_row(session))
+                session.save()
+            bars.advance(overall)
+    if session.accelerator.is_main_process:
+        report.write(session.results, session.folder)
+        report.print_table(session.results)
+        print(f"results.json, report.md and pareto.png are in {session.folder}")
+        if args.push_to_hub:
+            push(session)
+        shutil.rmtree(session.base_folder, ignore_errors=True)
+    session.accelerator.end_training()
+    return session.results
+
+
+def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
+    """Evaluates, trains, evaluates again and measures one run. What goes wrong with it becomes its row's status."""
+    row = empty_row(run)
+    task = bars.add_task(run.label, total=None, word="")
+    accelerator, args = session.accelerator, session.args
+    model = objective = None
+    try:
+        if not args.no_cost:
+            row["cost"], row["cost_error"] = cost_of(session, run.patch, run.max_length, "sdpa")
+        model = models.open_base(session.base_folder, args.task)
+        added = models.install(model, run.patch, args.seed)
+        row["layers"] = models.patched_layers(model)
+        row["parameters_added"] = sum(p.numel() for name, p in model.named_parameters() if name in set(added))
+        objective = fit_for_training(session, model, added)
+        row["parameters_trained"] = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        train_examples, eval_examples = session.examples(run.max_length or args.max_length)
+        row["before"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: before")
+        if session.recipe.steps:
+            schedule = session.schedule(
+                train_examples, session.recipe.examples(accelerator.num_processes), shuffle=True
+            )
+            row["training"] = train_run(session, run.label, run.folder, objective, schedule, session.recipe, bars, task)
+            row["after"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: after")
+            if (args.save_models or args.push_to_hub) and run.kind != "control" and accelerator.is_main_process:
+                keep = session.folder / run.folder / "model"
+                models.merged(objective.model).save_pretrained(keep)
+                session.tokenizer.save_pretrained(keep)
+    except Diverged as error:
+        row["status"], row["error"] = "diverged", str(error)
+    except Exception as error:
+        row["status"], row["error"] = "failed", f"{type(error).__name__}: {error}"
+    finally:
+        del model, objective
+        accelerator.free_memory()
+        gc.collect()
+        bars.remove_task(task)
+    shutil.rmtree(session.folder / run.folder / "checkpoint", ignore_errors=True)
+    return row
+
+
+def warm_start(session: Session, bars: Progress) -> None:
+    """Trains the dense base once, before all runs, for `--warm-start-steps`."""
+    steps = session.args.warm_start_steps
+    done = session.base_folder / "warm_start.json"
+    if not steps or done.exists():
+        return
+    accelerator = session.accelerator
+    recipe = Recipe(**{**vars(session.recipe), "steps": steps, "seed": session.args.seed + 1})
+    task = bars.add_task("warm start", total=None, word="")
+    model = models.open_base(session.base_folder, session.args.task)
+    objective = Objective(model, session.args.task, session.args.loss_chunk)
+    schedule = Schedule(
+        session.examples(session.args.max_length)[0],
+        recipe.examples(accelerator.num_processes),
+        recipe.seed,
+        session.tokenizer,
+        session.args.task == "masked-lm",
+    )
+    training = train_run(session, "warm start", "warm_start", objective, schedule, recipe, bars, task)
+    if accelerator.is_main_process:
+        fresh = session.folder / "base.new"
+        model.save_pretrained(fresh)
+        session.tokenizer.save_pretrained(fresh)
+        write_json(fresh / "warm_start.json", training)
+        shutil.rmtree(session.base_folder)
+        fresh.rename(session.base_folder)
+        shutil.rmtree(session.folder / "warm_start", ignore_errors=True)
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    bars.remove_task(task)
+
+
+def fit_for_training(session: Session, model, added: list[str]) -> Objective:
+    """The model with gradient checkpointing and adapters as asked for, and its task's loss."""
+    args = session.args
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.lora_rank:
+        model = models.add_lora(model, args.task, args.lora_rank, args.lora_targets, added)
+    return Objective(model, args.task, args.loss_chunk)
+
+
+def train_run(session, label, folder, objective, schedule, recipe, bars: Progress, task: TaskID) -> dict[str, Any]:
+    """Trains and returns the row's `training`."""
+    bars.reset(task, total=recipe.steps, description=f"{label}: training", word="")
+    progress = train(
+        session.accelerator,
+        objective,
+        schedule,
+        Collator(session.tokenizer.pad_token_id),
+        recipe,
+        session.folder / folder,
+        {**session.arguments, "label": label},
+        lambda steps, word: bars.update(task, advance=steps, word=word),
+        lambda values, step: session.accelerator.log(
+            {f"{label}/{name}": value for name, value in values.items()}, step=step
+        ),
+    )
+    return {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "losses": progress.losses}
+
+
+def evaluate_run(session, objective, examples: Examples, bars: Progress, task: TaskID, words: str) -> dict[str, float]:
+    """The task's metrics on the evaluation split."""
+    batches = math.ceil(len(examples.rows) / (session.args.batch_size * session.accelerator.num_processes))
+    bars.reset(task, total=batches, description=words, word="")
+    scores = evaluate_objective(
+        session.accelerator,
+        objective,
+        session.schedule(examples, len(examples.rows), shuffle=False),
+        Collator(session.tokenizer.pad_token_id),
+        session.args.batch_size,
+        lambda steps, word: bars.update(task, advance=steps, word=word),
+    )
+    session.accelerator.log({f"{words}/{name}": value for name, value in scores.items()}, step=session.recipe.steps)
+    return scores
+
+
+def cost_of(
+    session: Session, patch, max_length: int | None, attention: str
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Memory and time of one configuration, or why they could not be measured; the same on every process."""
+    args = session.args
+    answer: tuple[dict[str, Any] | None, str | None] = (None, None)
+    if session.accelerator.is_main_process:
+        job = {
+            "base": str(session.base_folder),
+            "task": args.task,
+            "patch": patch,
+            "attention": attention,
+            "batch_size": args.cost_batch_size or args.batch_size,
+            "length": max_length or args.cost_length or args.max_length,
+            "mixed_precision": session.accelerator.mixed_precision,
+            "gradient_checkpointing": args.gradient_checkpointing,
+            "lora_rank": args.lora_rank,
+            "lora_targets": args.lora_targets,
+            "chunk_size": args.loss_chunk,
+            "repeats": args.cost_repeats,
+            "seed": args.seed,
+            "device": session.accelerator.device.type,
+        }
+        try:
+            answer = (measure_in_own_process(job), None)
+        except CostFailed as error:
+            answer = (None, str(error))
+    return tuple(broadcast(list(answer)))
+
+
+def eager_row(session: Session) -> dict[str, Any]:
+    """Dense attention in its N x N form: measured only, since it computes what dense does."""
+    row = empty_row(RunSpec(EAGER, "dense"))
+    row["cost"], row["cost_error"] = cost_of(session, None, None, "eager")
+    return row
+
+
+def push(session: Session) -> None:
+    """Pushes every fine-tuned variant, its tokenizer, its model card and the results it was made from."""
+    import transformers
+    from huggingface_hub import HfApi
+
+    from hf_efficient_attn.hub import TASKS, model_card
+
+    rows = [
+        row for row in session.results["rows"] if row["kind"] == "variant" and row["status"] == "ok" and row["after"]
+    ]
+    folders = {run.label: session.folder / run.folder / "model" for run in session.runs}
+    auto_class = getattr(transformers, TASKS[session.args.task][1])
+    for row in rows:
+        name = session.args.push_to_hub + ("" if len(rows) == 1 else f"-{folders[row['label']].parent.name}")
+        auto_class.from_pretrained(folders[row["label"]]).push_to_hub(name)
+        session.tokenizer.push_to_hub(name)
+        card = model_card(session.results, row["label"], repo_id=name)
+        files = {"README.md": card, "results.json": json.dumps(session.results, indent=1)}
+        for path, text in files.items():
+            HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo=path, repo_id=name)
+        print(f"pushed {row['label']} to {name}")
+
+
+def empty_row(run: RunSpec) -> dict[str, Any]:
+    """A row before anything is known of it."""
+    return {
+        "label": run.label,
+        "kind": run.kind,
+        "control_of": run.control_of,
+        "read_tokens": run.max_length,
+        "status": "ok",
+        "error": None,
+        "layers": [],
+        "parameters_added": 0,
+        "parameters_trained": None,
+        "before": None,
+        "after": None,
+        "training": None,
+        "cost": None,
+        "cost_error": None,
+    }
+
+
+def progress_bars(enabled: bool) -> Progress:
+    """Bars with the loss and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[word]}"),
+        disable=not enabled,
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"finetune.py: {error}")

@@ -1,0 +1,166 @@
+"""What can be asked for? The command line of `examples/finetune.py`, and presets: YAML files with the same names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from examples.embedded import MODELS
+
+PRESETS = Path(__file__).parent / "presets"
+
+# Arguments that may differ between a run and its continuation: they say where and how to look, not what to compute.
+FREE = {"resume", "output_dir", "trackers", "push_to_hub", "quiet", "preset"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description="Fine-tune a pretrained model with each attention variant and report quality lost against memory and time saved.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--preset",
+        help=f"a YAML file of arguments, or one of: {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}",
+    )
+
+    add = parser.add_argument_group("what").add_argument
+    add("--model", default="minilm", help=f"a Hub id, a local folder, or one of: {', '.join(MODELS)}")
+    add(
+        "--task", default="classification", choices=("classification", "masked-lm", "causal-lm"), help="what is learned"
+    )
+    add(
+        "--variants",
+        nargs="+",
+        default=["dense"],
+        metavar="NAME|FILE",
+        help="variants, or YAML files label -> variant; dense is always added",
+    )
+    add("--no-controls", action="store_true", help="leave out zero attention and windows alone")
+    add("--max-length", type=int, default=512, help="tokens a text is cut at, or a block holds")
+    add(
+        "--extend-positions",
+        action="store_true",
+        help="repeat the learned positions of a model that reads less than --max-length",
+    )
+
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--dataset",
+        default="embedded",
+        help="a Hub id, a csv, json, jsonl, parquet or txt file (also .gz), a folder of them, or 'embedded'",
+    )
+    add("--dataset-config", help="the configuration of a Hub data set")
+    add("--text-column", default="text", help="the column that holds the text")
+    add("--label-column", default="label", help="the column that holds the class")
+    add("--train-split", default="train", help="the split to train on")
+    add("--eval-split", help="the split to report on; by default test, validation or a held-out tenth")
+    add("--max-train-samples", type=int, help="train on that many examples only")
+    add("--max-eval-samples", type=int, help="report on that many examples only")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--max-steps", type=int, help="updates of the weights; overrides --epochs; 0 measures without training")
+    add("--epochs", type=float, default=1.0, help="passes over the training data")
+    add("--batch-size", type=int, default=8, help="examples of a process in one forward pass")
+    add("--gradient-accumulation", type=int, default=1, help="forward passes for one update")
+    add("--learning-rate", type=float, default=1e-4, help="the highest of a linear schedule")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW")
+    add("--warmup", type=float, default=0.1, help="the share of steps in which the learning rate rises")
+    add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--seed", type=int, default=0, help="of weights, data order, masks and dropout, the same for every variant")
+    add(
+        "--warm-start-steps",
+        type=int,
+        default=0,
+        help="train the dense model that many steps first and start every run from it: a new head knows nothing, and 'before' would measure that",
+    )
+    add(
+        "--mixed-precision",
+        default="no",
+        choices=("no", "fp16", "bf16", "auto"),
+        help="auto: bf16 where the processor has instructions for it",
+    )
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--loss-chunk", type=int, default=1024, help="positions whose logits a causal language model holds at a time")
+    add(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="train adapters of this rank (by peft) and what the variant adds; 0 trains all weights",
+    )
+    add("--lora-targets", nargs="+", help="modules that get adapters; by default what peft knows for the model")
+    add("--cpu", action="store_true", help="do not use an accelerator")
+
+    add = parser.add_argument_group("measuring").add_argument
+    add("--no-cost", action="store_true", help="do not measure memory and time")
+    add("--cost-length", type=int, help="tokens of the measured texts; by default --max-length")
+    add("--cost-batch-size", type=int, help="texts of the measured batch; by default --batch-size")
+    add("--cost-repeats", type=int, default=3, help="timed steps, of which the median counts")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", help="where results go; by default runs/<model>-<task>-<time>")
+    add("--resume", action="store_true", help="continue the run in --output-dir")
+    add(
+        "--checkpoint-every", type=int, default=0, help="steps between checkpoints of the run in progress; 0 makes none"
+    )
+    add("--save-models", action="store_true", help="keep the fine-tuned model of every variant")
+    add(
+        "--push-to-hub",
+        metavar="REPO",
+        help="push every fine-tuned variant, with tokenizer and model card, to REPO (REPO-<label> if there are several)",
+    )
+    add("--trackers", nargs="*", default=[], help="of Accelerate, as tensorboard or trackio")
+    add("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    The arguments: those given, else those of the preset, else the defaults.
+
+    Raises:
+        SystemExit: with a sentence, where they make no sense.
+    """
+    parser = build_parser()
+    preset = parser.parse_known_args(argv)[0].preset
+    if preset is not None:
+        try:
+            parser.set_defaults(**_read_preset(preset, parser))
+        except ValueError as error:
+            parser.error(str(error))
+    args = parser.parse_args(argv)
+    for name in ("max_length", "batch_size", "gradient_accumulation", "loss_chunk", "cost_repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
+    for name in ("max_steps", "warm_start_steps", "lora_rank", "checkpoint_every", "seed"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
+    for name in ("max_train_samples", "max_eval_samples", "cost_length", "cost_batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
+    if args.learning_rate <= 0 or args.epochs <= 0 or not 0 <= args.warmup <= 1:
+        parser.error("--learning-rate and --epochs must be above 0, --warmup between 0 and 1.")
+    if args.resume and args.output_dir is None:
+        parser.error("--resume needs the --output-dir of the run to continue.")
+    return args
+
+
+def _read_preset(preset: str, parser: argparse.ArgumentParser) -> dict:
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"--preset {preset}: no such preset or file; presets are {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}."
+        )
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {action.dest for action in parser._actions}
+    if not isinstance(values, dict) or values.keys() - known:
+        unknown = sorted(values.keys() - known) if isinstance(values, dict) else values
+        raise ValueError(f"--preset {path}: expected a mapping of arguments, with _ for -; cannot use {unknown}.")
+    if isinstance(values.get("variants"), dict):
+        values["variants"] = [values["variants"]]
+    return values

@@ -1,0 +1,227 @@
+"""
+What do the runs of one call share? The data, the base model, the accelerator, the folder, and the head of results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+
+from examples import models
+from examples.data import Examples, Schedule, load_texts, tokenize
+from examples.objective import METRIC
+from examples.options import FREE
+from examples.training import Recipe
+from examples.variants import RunSpec
+
+SCHEMA = "hf_efficient_attn/finetune/1"
+PACKAGES = ("hf_efficient_attn", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
+
+
+class Session:
+    """What the runs of one call share: arguments, data, the base model, the accelerator and the results so far."""
+
+    def __init__(self, args: argparse.Namespace, runs: list[RunSpec]) -> None:
+        self.args, self.runs = args, runs
+        precision = auto_precision(args.cpu) if args.mixed_precision == "auto" else args.mixed_precision
+        self.folder = Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=args.gradient_accumulation,
+            cpu=args.cpu,
+            log_with=args.trackers or None,
+            project_dir=str(self.folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.arguments = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.arguments["processes"] = self.accelerator.num_processes
+        check_folder(self.folder, self.arguments, args.resume)
+        self.texts = load_texts(
+            args.dataset,
+            args.task,
+            text_column=args.text_column,
+            label_column=args.label_column,
+            config=args.dataset_config,
+            train_split=args.train_split,
+            eval_split=args.eval_split,
+            seed=args.seed,
+        )
+        self.tokenizer = models.load_tokenizer(args.model)
+        if args.task == "masked-lm" and self.tokenizer.mask_token_id is None:
+            raise ValueError(f"{args.model} has no mask token; masked-lm needs an encoder such as BERT.")
+        self.cache: dict[int, tuple[Examples, Examples]] = {}
+        train_examples, eval_examples = self.examples(args.max_length)
+        per_step = args.batch_size * args.gradient_accumulation * self.accelerator.num_processes
+        steps = (
+            math.ceil(args.epochs * len(train_examples.rows) / per_step) if args.max_steps is None else args.max_steps
+        )
+        self.recipe = Recipe(
+            steps=steps,
+            batch_size=args.batch_size,
+            accumulation=args.gradient_accumulation,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            warmup=args.warmup,
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
+            checkpoint_every=args.checkpoint_every,
+        )
+        base = models.make_base(
+            args.model,
+            args.task,
+            self.tokenizer,
+            labels=self.texts.labels,
+            max_length=max([args.max_length, *(run.max_length or 0 for run in runs)]),
+            extend=args.extend_positions,
+            seed=args.seed,
+        )
+        self.results = new_results(self, base, train_examples, eval_examples)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            saved = self.folder / "results.json"
+            if args.resume and saved.exists():
+                self.results["rows"] = json.loads(saved.read_text(encoding="utf-8"))["rows"]
+            write_json(self.folder / "arguments.json", self.arguments)
+        self.results["rows"] = broadcast(self.results["rows"])
+        self.base_folder = self.folder / "base"
+        if self.accelerator.is_main_process and not self.base_folder.exists():
+            fresh = self.folder / "base.new"
+            base.save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+            fresh.rename(self.base_folder)
+        self.accelerator.wait_for_everyone()
+
+    def examples(self, max_length: int) -> tuple[Examples, Examples]:
+        """The tokenised splits, cut at that many tokens."""
+        if max_length not in self.cache:
+            args, texts = self.args, self.texts
+            splits = [
+                (texts.train, texts.train_labels, args.max_train_samples),
+                (texts.test, texts.test_labels, args.max_eval_samples),
+            ]
+            self.cache[max_length] = tuple(
+                tokenize(documents, labels, self.tokenizer, max_length, limit, args.seed)
+                for documents, labels, limit in splits
+            )
+        return self.cache[max_length]
+
+    def schedule(self, examples: Examples, length: int, shuffle: bool) -> Schedule:
+        """Examples in the order of training, or each once for evaluation."""
+        return Schedule(examples, length, self.args.seed, self.tokenizer, self.args.task == "masked-lm", shuffle)
+
+    def save(self) -> None:
+        """results.json, replaced as a whole."""
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "results.json", self.results)
+
+
+def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
+    """ValueError where the folder holds another run, or where there is none to resume."""
+    saved = folder / "arguments.json"
+    if resume:
+        if not saved.exists():
+            raise ValueError(f"--resume: {folder} holds no run; leave out --resume to start one there.")
+        earlier = json.loads(saved.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(arguments))
+        differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+        if differing:
+            changes = "; ".join(f"{key} was {earlier.get(key)!r}, is {now.get(key)!r}" for key in differing)
+            raise ValueError(f"--resume: the run in {folder} had other arguments: {changes}.")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty: choose another --output-dir, or continue the run in it with --resume."
+        )
+
+
+def new_results(session: Session, base, train_examples: Examples, eval_examples: Examples) -> dict[str, Any]:
+    """results.json without its rows; examples/README.md explains the fields."""
+    accelerator, args, recipe = session.accelerator, session.args, session.recipe
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    else:
+        device = f"{accelerator.device.type}, {torch.get_num_threads()} threads"
+    if accelerator.num_processes > 1:
+        device += f", {accelerator.num_processes} processes"
+    return {
+        "schema": SCHEMA,
+        "command": "",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git_revision": git_revision(),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "seed": args.seed,
+        "device": device,
+        "precision": accelerator.mixed_precision,
+        "model": models.describe_model(args.model, base),
+        "task": args.task,
+        "dataset": {
+            "name": session.texts.name,
+            "split": session.texts.split,
+            "train_examples": len(train_examples.rows),
+            "eval_examples": len(eval_examples.rows),
+            "train_tokens": train_examples.tokens,
+            "eval_tokens": eval_examples.tokens,
+            "labels": session.texts.labels,
+        },
+        "max_length": args.max_length,
+        "metric": METRIC[args.task],
+        "recipe": {
+            **vars(recipe),
+            "examples_per_step": recipe.batch_size * recipe.accumulation * accelerator.num_processes,
+            "warm_start_steps": args.warm_start_steps,
+            "lora_rank": args.lora_rank,
+            "gradient_checkpointing": args.gradient_checkpointing,
+        },
+        "arguments": session.arguments,
+        "rows": [],
+    }
+
+
+def auto_precision(cpu: bool) -> str:
+    """bf16 where the processor has instructions for it, else float32."""
+    if torch.cuda.is_available() and not cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+
+
+def broadcast(values: list[Any]) -> list[Any]:
+    """The main process's values, on every process."""
+    return broadcast_object_list(values)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes beside the old file and swaps."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """The commit of this checkout, with a + where tracked files differ from it; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changes = (
+            subprocess.run(c, cwd=here, capture_output=True, text=True, check=True).stdout.strip() for c in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes else "")

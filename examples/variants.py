@@ -1,0 +1,145 @@
+"""
+Which runs does a report hold? From names, YAML files and mappings to one `RunSpec` for each row.
+
+A YAML file maps labels to runs:
+
+    window-128: {variant: sliding_window, window: 128}
+    dense-512: {variant: dense, read_tokens: 512}
+    top-only: {variant: linformer, rank: 64, layers: "3-5"}
+    mixture: {"0-2": sliding_window, "3-5": {variant: linformer, rank: 64}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_efficient_attn.registry import config_from_dict
+
+DENSE, ZERO = "dense", "zero attention"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """
+    One row of the report.
+
+    Attributes:
+        label: its name in tables and folders.
+        kind: "dense", "variant" or "control".
+        patch: what `examples.models.install` puts into the model; plain JSON types.
+        control_of: the label of the variant that a control belongs to, or None where it stands beside all.
+        max_length: tokens this run reads, where it differs from the other runs.
+    """
+
+    label: str
+    kind: str
+    patch: dict[str, Any] | None = None
+    control_of: str | None = None
+    max_length: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """The label as a folder's name."""
+        return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.label)
+
+
+def read_runs(entries: Sequence[str | dict[str, Any]], controls: bool = True) -> list[RunSpec]:
+    """
+    The runs that `entries` ask for, dense first, each hybrid followed by its window alone, zero attention last.
+
+    Args:
+        entries: variants' names, paths of YAML files, or mappings label -> run as in those files.
+        controls: add the controls.
+
+    Raises:
+        ValueError: an unknown variant or hyper-parameter, a malformed entry, or two runs of one label.
+    """
+    runs = [RunSpec(DENSE, "dense")]
+    for entry in entries:
+        if entry == DENSE:
+            continue
+        if isinstance(entry, str) and not entry.lower().endswith((".yaml", ".yml", ".json")):
+            runs.append(_run(entry, {"variant": entry}))
+            continue
+        mapping = _load(entry) if isinstance(entry, str) else entry
+        runs += [_run(str(label), value) for label, value in mapping.items()]
+    if controls:
+        runs = [run for spec in runs for run in (spec, *_window_only(spec))]
+        runs.append(RunSpec(ZERO, "control", {"zero_attention": True}))
+    folders = [run.folder for run in runs]
+    for run in runs:
+        if folders.count(run.folder) > 1:
+            raise ValueError(f"two runs are labelled {run.label!r}; give each its own label in a YAML file.")
+    return runs
+
+
+def _load(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"--variants {path}: no such file.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--variants {path}: not YAML: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(
+            f"--variants {path}: expected a mapping from labels to variants, as in {{label: {{variant: block}}}}."
+        )
+    return content
+
+
+def _run(label: str, value: Any) -> RunSpec:
+    if isinstance(value, str):
+        value = {"variant": value}
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"run {label!r}: expected a variant's name or a mapping, got {value!r}.")
+    if "variant" not in value:
+        return RunSpec(label, "variant", {"mapping": {str(k): _config(label, v) for k, v in value.items()}})
+    options = dict(value)
+    max_length = options.pop("read_tokens", None)
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"run {label!r}: read_tokens = {max_length!r} must be a positive number of tokens.")
+    layers = options.pop("layers", None)
+    if options["variant"] == DENSE:
+        if options.keys() - {"variant"} or layers is not None:
+            raise ValueError(f"run {label!r}: dense takes no other option than read_tokens.")
+        return RunSpec(label, "dense", max_length=max_length)
+    return RunSpec(label, "variant", {"config": _config(label, options), "layers": layers}, max_length=max_length)
+
+
+def _config(label: str, value: Any) -> dict[str, Any]:
+    """The variant's config, checked, as plain JSON types."""
+    if isinstance(value, str):
+        value = {"variant": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"run {label!r}: expected a variant's name or a mapping, got {value!r}.")
+    try:
+        return config_from_dict(value).to_dict()
+    except ValueError as error:
+        raise ValueError(f"run {label!r}: {error}") from error
+
+
+def _window_only(run: RunSpec) -> list[RunSpec]:
+    """The control of a hybrid: its exact window without the rest."""
+    if run.kind != "variant":
+        return []
+    if "mapping" in run.patch:
+        windows = {layers: _window(config) for layers, config in run.patch["mapping"].items()}
+        if not any(windows.values()):
+            return []
+        patch = {"mapping": {layers: windows[layers] or config for layers, config in run.patch["mapping"].items()}}
+    else:
+        window = _window(run.patch["config"])
+        if window is None:
+            return []
+        patch = {"config": window, "layers": run.patch["layers"]}
+    return [RunSpec(f"{run.label}: window only", "control", patch, run.label, run.max_length)]
+
+
+def _window(config: dict[str, Any]) -> dict[str, Any] | None:
+    window = config_from_dict(config).window_only()
+    return None if window is None else window.to_dict()

@@ -1,0 +1,97 @@
+"""
+The loss of a causal language model without its logits: cross-entropy in chunks of positions.
+
+For T positions of width E and a vocabulary of V, the logits, their float32 copy and their gradient are three tensors of T x V, and
+for long texts they are most of a training step's memory (8,192 x 49,152 in float32: 1.6 GB each). Here
+nll_t = logsumexp_v(h_t W_v) - h_t W_{y_t} is computed for `chunk_size` positions at a time and each chunk's logits are recomputed in
+the backward pass: memory chunk_size x V, one more product with the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # the label of a position that is not predicted
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk_size: int = 1024
+) -> torch.Tensor:
+    """
+    The negative log-likelihood of each label, in nats and float32; 0 where the label is -100.
+
+    Args:
+        hidden: (T, E), what the head reads.
+        head: maps (t, E) to logits (t, V).
+        labels: (T,), integers below V, or -100.
+        chunk_size: positions whose logits are held at a time.
+
+    Returns:
+        (T,) losses.
+
+    Raises:
+        ValueError: `chunk_size` below 1, or shapes that do not fit.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size}: at least 1 position.")
+    if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}: expected (T, E) and (T,); flatten the batch first."
+        )
+
+    def loss(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(head(part).float(), target, reduction="none", ignore_index=IGNORED)
+
+    parts = zip(hidden.split(chunk_size), labels.split(chunk_size))
+    return torch.cat([checkpoint(loss, part, target, use_reentrant=False) for part, target in parts])
+
+
+def causal_lm_losses(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, chunk_size: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The negative log-likelihood of every token given those before it, by a Transformers model for causal language modelling.
+
+    The body's last hidden state goes through the output embedding in chunks; `has_plain_head` says whether that is all this model does.
+
+    Args:
+        input_ids: (B, N).
+        attention_mask: (B, N), 1 = keep; padded tokens are not predicted.
+
+    Returns:
+        losses (B, N - 1) in nats, 0 where nothing is predicted, and a bool mask (B, N - 1) of the predicted tokens.
+    """
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    labels = input_ids[:, 1:]
+    predicted = torch.ones_like(labels, dtype=torch.bool)
+    if attention_mask is not None:
+        predicted = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+        labels = labels.masked_fill(~predicted, IGNORED)
+    losses = chunked_cross_entropy(
+        hidden[:, :-1].flatten(0, 1), model.get_output_embeddings(), labels.flatten(), chunk_size
+    )
+    return losses.view_as(labels), predicted
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module, input_ids: torch.Tensor, tokens: int = 16) -> bool:
+    """
+    Whether the logits of this model are its output embedding applied to its body's last hidden state.
+
+    Tried on a few tokens rather than looked up: some models cap or scale the logits, and for those the chunked loss would be wrong.
+    """
+    if model.get_output_embeddings() is None or model.base_model is model:
+        return False
+    training = model.training
+    model.eval()
+    try:
+        probe = input_ids[:1, :tokens]
+        logits = model(input_ids=probe, use_cache=False).logits
+        hidden = model.base_model(input_ids=probe, use_cache=False)[0]
+        plain = model.get_output_embeddings()(hidden)
+    finally:
+        model.train(training)
+    return logits.shape == plain.shape and torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-3)
