@@ -51,13 +51,13 @@ def model_card(results: dict[str, Any], label: str, repo_id: str | None = None) 
         "## Quality\n\n" + _quality(results, row),
         "## Memory and time\n\n" + _cost(results, row),
         "## How it was made\n\n" + _provenance(results),
-        "## Caveats\n\n" + _caveats(results, names),
+        "## Caveats\n\n" + _caveats(results, row, names),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _row(results: dict[str, Any], label: str) -> dict[str, Any]:
-    needed = {"model", "task", "dataset", "rows", "command", "versions", "seed"}
+    needed = {"model", "task", "dataset", "rows", "command", "versions", "seed", "recipe", "precision"}
     if missing := sorted(needed - results.keys()):
         raise ValueError(
             f"these results have no {', '.join(map(repr, missing))}; a card is made from the results.json of "
@@ -80,7 +80,7 @@ def _row(results: dict[str, Any], label: str) -> dict[str, Any]:
 
 def _variant_names(row: dict[str, Any]) -> list[str]:
     """The row's variants in order of their first layer."""
-    return list(dict.fromkeys(layer["variant"] for layer in row["layers"] if layer["variant"] is not None))
+    return list(dict.fromkeys(layer["variant"] for layer in row["layers"]))
 
 
 def _metadata(results: dict[str, Any], row: dict[str, Any], names: list[str]) -> ModelCardData:
@@ -119,12 +119,11 @@ def _introduction(results: dict[str, Any], names: list[str]) -> str:
 
 
 def _layers_table(row: dict[str, Any]) -> str:
-    """`describe(model)` in short: layers that are configured alike share a line."""
+    """The patched layers; those that are configured alike share a line."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for layer in row["layers"]:
-        values = ", ".join(f"{name}={value!r}" for name, value in layer["hyper_parameters"].items())
-        variant = "dense" if layer["variant"] is None else f"`{layer['variant']}`"
-        groups.setdefault((variant, values or "-"), []).append(layer)
+        values = ", ".join(f"{name}={value!r}" for name, value in layer["config"].items())
+        groups.setdefault((f"`{layer['variant']}`", values or "-"), []).append(layer)
     lines = [
         [", ".join(str(layer["layer"]) for layer in layers), *key, f"{sum(x['added_parameters'] for x in layers):,}"]
         for key, layers in groups.items()
@@ -160,6 +159,8 @@ def _quality(results: dict[str, Any], row: dict[str, Any]) -> str:
     header = ["", *(f"{metric.replace('_', ' ')} {when}" for metric in metrics for when in ("before", "after"))]
     lines = []
     for other in _comparisons(results, row):
+        if other["status"] == "ok" and other["before"] is None and other["after"] is None:
+            continue  # measured for its cost only
         values = [(other[when] or {}).get(metric) for metric in metrics for when in ("before", "after")]
         name = f"**{other['label']}**" if other is row else other["label"]
         failed = "" if other["status"] == "ok" else f" ({other['status']})"
@@ -190,24 +191,32 @@ def _cost(results: dict[str, Any], row: dict[str, Any]) -> str:
         cache = [_mib(other["cost"]["cache_bytes_per_sequence"])] if decodes else []
         lines.append([f"**{other['label']}**" if other is row else other["label"], *cells, *cache])
     cost = row["cost"]
-    text = f"Measured on {results['device']}, {cost['batch_size']} x {cost['length']:,} tokens."
+    precision = "" if results["precision"] == "no" else f", {results['precision']}"
+    text = f"Measured on {results['device']}{precision}, {cost['batch_size']} x {cost['length']:,} tokens."
     return f"{text}\n\n{_table(header + ['decoder cache, MiB per sequence'] * decodes, lines)}"
 
 
 def _provenance(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    facts = [f"Seed {results['seed']}.", f"Versions: {versions}."]
+    recipe = results["recipe"]
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
+    facts = [f"{recipe['steps']:,} steps of {recipe['examples_per_step']} examples, seed {results['seed']}."]
+    if recipe["warm_start_steps"]:
+        facts.append(
+            f"The dense model had {recipe['warm_start_steps']:,} steps before its attention was replaced; 'before' is "
+            "measured there."
+        )
+    facts.append(f"Versions: {versions}.")
     if results.get("git_revision"):
         facts.append(f"Revision of `hf_efficient_attn`: `{results['git_revision']}`.")
     return f"```bash\n{results['command']}\n```\n\n" + " ".join(facts)
 
 
-def _caveats(results: dict[str, Any], names: list[str]) -> str:
+def _caveats(results: dict[str, Any], row: dict[str, Any], names: list[str]) -> str:
     dataset = results["dataset"]
     items = [
         f"One run with one seed; the figures hold for `{dataset['name']}`"
         + (f" ({dataset['eval_examples']:,} evaluation examples)" if dataset.get("eval_examples") else "")
-        + f" at {results['max_length']:,} tokens, and differences of a few examples are noise.",
+        + f" at {row['read_tokens'] or results['max_length']:,} tokens, and differences of a few examples are noise.",
         "Memory and time depend on the device, the batch and the length; on short texts dense attention can be "
         "both faster and better.",
         f"The checkpoint needs `hf_efficient_attn` with the {'variants' if len(names) > 1 else 'variant'} "

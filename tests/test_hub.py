@@ -93,7 +93,8 @@ def test_plain_transformers_model_makes_the_round_trip(hub, client):
     client(PUSH)
     files = hub.files("me/tiny")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= set(files)
-    assert files["model.safetensors"].lfs and not files["config.json"].lfs
+    assert files["model.safetensors"].lfs
+    assert not files["config.json"].lfs
     assert hub.asked("PUT", rf"^/lfs/{files['model.safetensors'].sha256}$")
     assert hub.asked("POST", r"^/me/tiny.git/info/lfs/objects/batch$")
     assert hub.asked("POST", r"^/me/tiny.git/info/lfs/verify$")
@@ -117,7 +118,8 @@ def test_patched_model_makes_the_round_trip(hub, client, tmp_path):
     assert files["model.safetensors"].lfs
     assert hub.asked("PUT", rf"^/lfs/{files['model.safetensors'].sha256}$")
     config = json.loads(files["config.json"].content)
-    assert config["model_type"] == "efficient_bert" and "efficient_attention" in config
+    assert config["model_type"] == "efficient_bert"
+    assert "efficient_attention" in config
     assert files["README.md"].content.decode() == card
 
     assert loaded(client(LOAD, library="import hf_efficient_attn")) == {
@@ -140,7 +142,8 @@ def test_branches_hold_versions_apart(hub, client):
     assert hub.files("me/tiny")["model.safetensors"] == dense
     assert hub.files("me/tiny", "linformer")["model.safetensors"] != dense
     on_branch = loaded(client(LOAD, library="import hf_efficient_attn", revision=', revision="linformer"'))
-    assert on_branch["model_type"] == "efficient_bert" and on_branch["equal_logits"]
+    assert on_branch["model_type"] == "efficient_bert"
+    assert on_branch["equal_logits"]
 
 
 def test_absent_repository_and_wrong_token_are_refused(hub, client):
@@ -163,5 +166,7 @@ print(refused(EntryNotFoundError, hf_hub_download, "me/new", "config.json"))
 print(refused(RevisionNotFoundError, hf_hub_download, "me/new", "config.json", revision="absent"))
 """
     errors = client(code).stdout.split()
-    assert errors[0] == "RepositoryNotFoundError" and errors[-1] == "RevisionNotFoundError" and len(errors) == 5
+    assert errors[0] == "RepositoryNotFoundError"
+    assert errors[-1] == "RevisionNotFoundError"
+    assert len(errors) == 5
     assert list(hub.repositories) == ["me/new"]

@@ -13,9 +13,10 @@ import typer
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from examples.finetune import empty_row
+from examples.variants import RunSpec
 from hf_efficient_attn.hub import main, model_card
 from hf_efficient_attn.measuring import ModelCost, StepCost
-from hf_efficient_attn.patching import LayerDescription
 
 
 def cost(megabytes: int, seconds: float, cache: int | None = None) -> dict:
@@ -31,21 +32,25 @@ def row(label: str, kind: str, before: float | None, after: float | None, **more
         when: None if value is None else {"accuracy": value, "macro_f1": value - 0.01}
         for when, value in (("before", before), ("after", after))
     }
-    return {"label": label, "kind": kind, "layers": [], "status": "ok", "error": None, "cost": None} | quality | more
+    filled = empty_row(RunSpec(label, kind)) | quality
+    assert more.keys() <= filled.keys()
+    return filled | more
 
 
-def layer(index: int, variant: str | None, added: int = 0, **hyper_parameters) -> dict:
-    return asdict(LayerDescription(index, f"encoder.layer.{index}", variant, hyper_parameters, added))
+def layer(index: int, variant: str, added: int = 0, **config) -> dict:
+    return {"layer": index, "variant": variant, "config": config, "added_parameters": added}
 
 
 def example_results() -> dict:
     window = [layer(i, "sliding_window", window=256, sinks=4) for i in range(6)]
-    mixture = [*window[:2], *(layer(i, "linformer", 32768, rank=64) for i in range(2, 5)), layer(5, None)]
+    mixture = [*window[:2], *(layer(i, "linformer", 32768, rank=64) for i in range(2, 5))]
     return {
         "command": "python examples/finetune.py --model minilm --variants dense sliding_window mixture",
         "git_revision": "0123abc",
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0", "hf_efficient_attn": None},
         "seed": 7,
+        "precision": "bf16",
+        "recipe": {"steps": 60, "examples_per_step": 16, "warm_start_steps": 1500},
         "device": "cpu, 2 threads",
         "model": {"name": "minilm", "base_model": "sentence-transformers/all-MiniLM-L6-v2"},
         "task": "classification",
@@ -54,6 +59,7 @@ def example_results() -> dict:
         "metric": "accuracy",
         "rows": [
             row("dense", "dense", 0.1511, 0.8122, cost=cost(400, 2.0)),
+            row("dense (eager)", "dense", None, None, cost=cost(900, 4.0)),
             row("zero attention", "control", 0.1433, 0.4044),
             row("mixture: window alone", "control", 0.1555, 0.6066, control_of="mixture"),
             row("sliding_window", "variant", 0.1577, 0.8088, layers=window, cost=cost(210, 1.25)),
@@ -71,7 +77,8 @@ def results() -> dict:
 def test_metadata_is_what_the_hub_reads(results):
     data = ModelCard(model_card(results, "mixture")).data
     assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
-    assert data.library_name == "transformers" and data.pipeline_tag == "text-classification"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-classification"
     assert data.tags == ["efficient-attention", "sliding_window", "linformer"]
     assert data.metrics == ["accuracy", "macro_f1"]
     found = {result.metric_type: (result.metric_value, result.dataset_name) for result in data.eval_results}
@@ -85,19 +92,32 @@ def test_quality_stands_beside_dense_and_the_rows_own_controls(results):
     assert "| zero attention | 0.1433 | 0.4044 |" in card
     assert "| mixture: window alone | 0.1555 | 0.6066 |" in card
     assert "0.1577" not in card
+    assert "(eager) | -" not in card
     other = model_card(results, "sliding_window")
-    assert "0.1577 | 0.8088" in other and "mixture" not in other.split("## How it was made")[0]
+    assert "0.1577 | 0.8088" in other
+    assert "mixture" not in other.split("## How it was made")[0]
 
 
 def test_layers_hyper_parameters_cost_and_provenance(results):
     card = model_card(results, "mixture")
     assert "| 0, 1 | `sliding_window` | window=256, sinks=4 | 0 |" in card
     assert "| 2, 3, 4 | `linformer` | rank=64 | 98,304 |" in card
-    assert "| 5 | dense | - | 0 |" in card
     assert "| **mixture** | 570 | 3.375 | 190 | 1.125 | 455.1 |" in card
     assert "| dense | 1,200 | 6 | 400 | 2 | 256 |" in card
     assert "decoder cache" not in card
-    for fact in (results["command"], "0123abc", "Seed 7", "torch 2.13.0", "1,234 evaluation examples", "2 threads"):
+    assert "| dense (eager) | 2,700 | 12 | 900 | 4 | 128 |" in card
+    assert "None" not in card
+    for fact in (
+        results["command"],
+        "0123abc",
+        "seed 7",
+        "60 steps of 16",
+        "1,500 steps",
+        "bf16",
+        "torch 2.13.0",
+        "1,234 evaluation examples",
+        "2 threads",
+    ):
         assert fact in card
 
 
@@ -121,7 +141,8 @@ def test_loading_code_is_three_lines_of_python(results, task, auto_class):
     results["task"] = task
     code = re.search(r"```python\n(.*?)```", model_card(results, "mixture", "me/tiny"), re.DOTALL)[1]
     assert len(ast.parse(code).body) == 3
-    assert hasattr(transformers, auto_class) and f'{auto_class}.from_pretrained("me/tiny")' in code
+    assert hasattr(transformers, auto_class)
+    assert f'{auto_class}.from_pretrained("me/tiny")' in code
 
 
 def test_a_row_that_was_not_fine_tuned_reports_what_it_has(results):
@@ -133,14 +154,16 @@ def test_a_row_that_was_not_fine_tuned_reports_what_it_has(results):
 
 
 def test_what_cannot_be_published_says_why(results):
-    with pytest.raises(ValueError, match="no row is labelled 'linformre'; the labels are: 'dense', 'zero attention'"):
+    with pytest.raises(
+        ValueError, match=r"no row is labelled 'linformre'; the labels are: 'dense', 'dense .eager.', 'zero"
+    ):
         model_card(results, "linformre")
-    with pytest.raises(ValueError, match="'zero attention' is a control row .* choose a variant: 'sliding_w"):
+    with pytest.raises(ValueError, match=r"'zero attention' is a control row .* choose a variant: 'sliding_w"):
         model_card(results, "zero attention")
-    with pytest.raises(ValueError, match="status 'diverged' .the loss became NaN."):
+    with pytest.raises(ValueError, match=r"status 'diverged' .the loss became NaN."):
         model_card(results, "broken")
     del results["rows"]
-    with pytest.raises(ValueError, match="these results have no 'rows'; .* results.json"):
+    with pytest.raises(ValueError, match=r"these results have no 'rows'; .* results.json"):
         model_card(results, "mixture")
 
 
@@ -160,5 +183,6 @@ def test_the_command_writes_the_card(results, tmp_path):
     assert card.read_text() == model_card(results, "mixture", "me/tiny")
 
     refused = CliRunner().invoke(app, [str(source), "absent", "-o", str(tmp_path / "absent.md")])
-    assert refused.exit_code != 0 and "mixture" in refused.output
+    assert refused.exit_code != 0
+    assert "mixture" in refused.output
     assert not (tmp_path / "absent.md").exists()
