@@ -7,8 +7,8 @@ the dtype.
 
 Letters: H query heads, G key/value heads (query head h reads key/value head h // (H / G)), N queries, M >= N keys, D
 head size, m features. query (H, N, D); key and value (G, M, D); output (H, N, D). Query i stands at position
-t = M - N + i, so that with M > N the queries are the last ones, as in decoding. In a decoder (causal=True) position t sees j <= t
-only.
+t = M - N + i, so that with M > N the queries are the last ones, as in decoding. In a decoder (causal=True) position t
+sees j <= t only.
 
 What holds for all: sinks are the first `num_sinks` real positions, which every query at or after them sees, in
 decoders; encoders ignore `num_sinks`, decoders ignore `global_tokens`. A variant `combined` of others takes the
@@ -239,11 +239,11 @@ def naive_topk_blocks(query, key, value, *, config, scaling, causal, module=None
     there are `top_k` in all; with `top_k` = 1 its own block alone. Where own block and block 0 are one, it counts once.
 
     Score of a block: summary "mean" q . mean(k); "minmax" sum_d max(q_d min(k)_d, q_d max(k)_d), the bound of
-    all q . k. Candidates are the complete blocks before the query's own (decoder) or all blocks of the row (encoder), whose
-    last one is summarised over the tokens it has. `share_group`: the query heads of a key/value head choose together,
-    by the sum of their scores. `query_block` > 1, encoder only, must divide `block_size`: so many successive queries
-    choose together by the sum of their scores, over the queries that exist. Of equal scores the lower block wins.
-    `scaling` > 0 does not matter for the choice. Decoders have no sinks besides block 0, and ignore `query_block`.
+    all q . k. Candidates are the complete blocks before the query's own (decoder) or all blocks of the row (encoder),
+    whose last one is summarised over the tokens it has. `share_group`: the query heads of a key/value head choose
+    together, by the sum of their scores. `query_block` > 1, encoder only, must divide `block_size`: so many successive
+    queries choose together by the sum of their scores, over the queries that exist. Of equal scores the lower block
+    wins. `scaling` > 0 has no say in it. Decoders have no sinks besides block 0, and ignore `query_block`.
     """
     H, N, _ = query.shape
     G, M, _ = key.shape
