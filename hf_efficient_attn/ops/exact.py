@@ -78,7 +78,7 @@ def masked_attention(
 ) -> Tensor:
     """
     Attention under any mask, `CHUNK` queries at a time: `visible(begin, end)` is bool (B or 1, H or 1, end - begin or
-    1, S' <= S), True = attend, over the first S' keys, or None where all are seen. A query that sees nothing gets zeros.
+    1, S' <= S), True = attend, over the first S' keys, or None where all are seen. A query that sees none gets zeros.
 
     In training a chunk is computed again in the backward pass (with the same dropout), so that no more than one chunk's
     mask exists at any time.

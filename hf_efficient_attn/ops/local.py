@@ -228,7 +228,8 @@ def remember(
         sinks.keep_until(num_sinks)
     context = Context(buffer.key, buffer.value, buffer.first, buffer.new, sinks.entries["key"], sinks.entries["value"])
     if detach:
-        state.map_tensors(Tensor.detach)
+        recent.map_tensors(Tensor.detach)
+        sinks.map_tensors(Tensor.detach)
     return context
 
 
