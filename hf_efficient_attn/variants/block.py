@@ -44,6 +44,7 @@ class BlockConfig(EfficientAttentionConfig):
 )
 class BlockAttention(EfficientAttention):
     config_class = BlockConfig
+    constant_state = True
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
         options = {"scaling": scaling, "dropout": dropout}

@@ -57,6 +57,7 @@ class SlidingWindowConfig(EfficientAttentionConfig):
 )
 class SlidingWindowAttention(EfficientAttention):
     config_class = SlidingWindowConfig
+    constant_state = True
 
     @classmethod
     def check_host(cls, config: SlidingWindowConfig, host: HostShape) -> None:

@@ -55,6 +55,7 @@ class TransformerXLConfig(EfficientAttentionConfig):
 )
 class TransformerXLAttention(EfficientAttention):
     config_class = TransformerXLConfig
+    constant_state = True
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
         config, options = self.config, {"scaling": scaling, "dropout": dropout}
