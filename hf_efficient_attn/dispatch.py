@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
-from .hosts import forward_argument, hands_on_kwargs, hidden_input
+from .hosts import cache_argument, hands_on_kwargs, hidden_input
 from .masking import AttentionMask, efficient_attention_mask
 from .variant import EfficientAttention
 
@@ -138,10 +138,10 @@ class PatchedForward:
                 f"layer {self.efficient_attn.host.layer} is patched, but the model's attention implementation was set to "
                 f"{self.config._attn_implementation!r} afterwards, which would run it dense. Call unpatch_model(model) first."
             )
-        state = layer_state(self, forward_argument(cls, "past_key_values", args, kwargs))
+        state = layer_state(self, cache_argument(args, kwargs))
         if not hands_on_kwargs(cls):
             return super().forward(*args, **kwargs)
-        call = Call(state, hidden_input(cls, args, kwargs))
+        call = Call(state, hidden_input(args, kwargs))
         output = super().forward(*args, **{**kwargs, CALL: call})
         if not call.arrived:
             raise RuntimeError(

@@ -2,23 +2,29 @@
 How Transformers' attention modules look: the one place that knows.
 
 A host is a self-attention module that hands its heads to `AttentionInterface`. The rule that finds hosts needs no table of
-architectures: a module that is no `PreTrainedModel`, has a `config` and an `is_causal`.
+architectures: a module whose `forward` names `ALL_ATTENTION_FUNCTIONS`, Transformers' table of attention functions.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .variant import HostShape
 
-CROSS_ATTENTION = {"crossattention", "cross_attention", "cross_attn", "encoder_attn", "EncDecAttention", "multihead_attn"}
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDec|multihead_attn|attn_token_to_image", re.IGNORECASE)
+OTHER_SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "context", "context_hidden_states")
+QUERY_NAMES = ("query", "queries", "q", "query_tensor")
+KEY_NAMES = ("key", "keys", "k", "key_tensor")
+CAUSAL_FACTORIES = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
+BIDIRECTIONAL_FACTORIES = {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
 POSITION_TABLE_WORDS = ("position", "wpe")
 
 
@@ -59,11 +65,25 @@ def dispatching_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if not isinstance(module, PreTrainedModel)
-        and isinstance(getattr(module, "config", None), PreTrainedConfig)
-        and hasattr(module, "is_causal")
-        and hasattr(sys.modules.get(_own_class(module).__module__), "ALL_ATTENTION_FUNCTIONS")
+        if isinstance(getattr(module, "config", None), PreTrainedConfig) and _dispatches(_own_class(module))
     }
+
+
+@lru_cache(maxsize=None)
+def _dispatches(cls: type) -> bool:
+    """Whether the forward of a class, or one that it calls by super(), names the table of attention functions."""
+    for base in cls.__mro__:
+        names = _names_in(vars(base).get("forward"))
+        if "ALL_ATTENTION_FUNCTIONS" in names:
+            return True
+        if "forward" in vars(base) and "super" not in names:
+            return False
+    return False
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    """The global names and attributes that a function's code mentions, decorators taken off."""
+    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ()) if function else ()
 
 
 def find_hosts(model: nn.Module) -> list[Host]:
@@ -73,7 +93,12 @@ def find_hosts(model: nn.Module) -> list[Host]:
     Raises:
         ValueError: there is none, with the reason.
     """
-    modules = {n: m for n, m in dispatching_modules(model).items() if not CROSS_ATTENTION & set(n.split("."))}
+    modules = {
+        name: module
+        for name, module in dispatching_modules(model).items()
+        if not CROSS_ATTENTION.search(f"{name}.{_own_class(module).__name__}")
+        and not getattr(module, "is_cross_attention", False)
+    }
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no self-attention that Transformers dispatches through AttentionInterface, so there "
@@ -81,7 +106,7 @@ def find_hosts(model: nn.Module) -> list[Host]:
         )
     limit = learned_positions(model)
     return [
-        Host(name, module, _shape(name, module, index, len(modules), limit))
+        Host(name, module, _shape(model, name, module, index, len(modules), limit))
         for index, (name, module) in enumerate(modules.items())
     ]
 
@@ -90,7 +115,7 @@ def _own_class(module: nn.Module) -> type:
     return getattr(type(module), "dense_class", type(module))
 
 
-def _shape(name: str, module: nn.Module, index: int, count: int, limit: int | None) -> HostShape:
+def _shape(model: nn.Module, name: str, module: nn.Module, index: int, count: int, limit: int | None) -> HostShape:
     config = module.config
     heads = _first_int(module, "num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
     heads = heads or _first_int(config, "num_attention_heads", "encoder_attention_heads")
@@ -102,18 +127,33 @@ def _shape(name: str, module: nn.Module, index: int, count: int, limit: int | No
     width = width or _first_int(config, "hidden_size", "d_model")
     head_dim = _first_int(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
     head_dim = head_dim or _first_int(config, "head_dim") or width // heads
-    # A module may be built causal and asked to read both ways by its config (an embedding model made of a decoder).
-    causal = bool(module.is_causal) and getattr(config, "is_causal", True) is not False
     return HostShape(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         hidden_size=_first_int(config, "hidden_size", "d_model") or width,
-        causal=causal,
+        causal=_is_causal(model, name, module),
         layer=index,
         num_layers=count,
         max_positions=limit,
     )
+
+
+def _is_causal(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """
+    The direction of a layer: that of the mask which the nearest module around it with the same config makes (CLIP's text
+    layers are told so call by call), else what the layer says of itself. A config may ask a decoder to read both ways.
+    """
+    causal = bool(getattr(module, "is_causal", False))
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        made = set(_names_in(getattr(_own_class(owner), "forward", None)))
+        ways = {bool(made & CAUSAL_FACTORIES), bool(made & BIDIRECTIONAL_FACTORIES)}
+        if getattr(owner, "config", None) is module.config and len(ways) == 2:
+            causal = bool(made & CAUSAL_FACTORIES)
+            break
+    return causal and getattr(module.config, "is_causal", True) is not False
 
 
 def _first_int(owner: Any, *names: str) -> int | None:
@@ -153,20 +193,12 @@ def hands_on_kwargs(cls: type) -> bool:
     return source.count("**kwargs") >= 2
 
 
-def forward_argument(cls: type, name: str, args: tuple, kwargs: dict) -> Any:
-    """The value of parameter `name` in a call of cls.forward(self, *args, **kwargs), or None."""
-    if name in kwargs:
-        return kwargs[name]
-    position = _positions_of(cls).get(name)
-    return args[position] if position is not None and position < len(args) else None
+def cache_argument(args: tuple, kwargs: dict) -> Cache | None:
+    """The cache that an attention module was called with, whatever its parameter is called."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
-@lru_cache(maxsize=None)
-def _positions_of(cls: type) -> dict[str, int]:
-    return {name: i - 1 for i, name in enumerate(inspect.signature(cls.forward).parameters)}
-
-
-def hidden_input(cls: type, args: tuple, kwargs: dict) -> Any:
+def hidden_input(args: tuple, kwargs: dict) -> Any:
     """The hidden states (B, N, E) that an attention module was called with."""
     if args:
         return args[0]
