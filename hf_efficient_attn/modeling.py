@@ -178,7 +178,18 @@ def efficient_model_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
 
 @lru_cache(maxsize=None)
 def _foreign_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    return type(f"Efficient{dense_class.__name__}", (ForeignModelMixin, dense_class), {"dense_class": dense_class})
+    members = {"__module__": __name__, "dense_class": dense_class, "__reduce_ex__": _reduce_foreign}
+    return type(f"Efficient{dense_class.__name__}", (ForeignModelMixin, dense_class), members)
+
+
+def _reduce_foreign(self, protocol):
+    """Pickled and copied by the class it was made from, which only its own module knows by name."""
+    return _remake_foreign, (type(self).dense_class,), self.__dict__.copy()
+
+
+def _remake_foreign(dense_class: type[PreTrainedModel]) -> PreTrainedModel:
+    cls = _foreign_class(dense_class)
+    return cls.__new__(cls)
 
 
 def _auto_classes() -> list[type]:

@@ -1,0 +1,455 @@
+"""Saving a patched model and loading it through the Auto classes: bit-equal, or a clear error."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
+from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
+from zoo import END, TASKS, USUAL_TASK, ZOO, Tiny
+
+import hf_efficient_attn as hea
+from hf_efficient_attn import patch_model, unpatch_model
+
+HEADS = {
+    "bert": (
+        "base", "masked-lm", "causal-lm", "sequence-classification", "token-classification", "question-answering",
+        "multiple-choice",
+    ),
+    "roberta": (
+        "base", "masked-lm", "causal-lm", "sequence-classification", "token-classification", "question-answering",
+        "multiple-choice",
+    ),
+    "distilbert": (
+        "base", "masked-lm", "sequence-classification", "token-classification", "question-answering", "multiple-choice",
+    ),
+    "gpt2": ("base", "causal-lm", "sequence-classification", "token-classification", "question-answering"),
+    "llama": ("base", "causal-lm", "sequence-classification", "token-classification", "question-answering"),
+    "bart": ("base", "masked-lm", "causal-lm", "seq2seq-lm", "sequence-classification", "question-answering"),
+    "vit": ("base", "image-classification"),
+}  # fmt: skip
+CASES = [(name, task) for name, tasks in HEADS.items() for task in tasks]
+
+
+def fitting_inputs(tiny: Tiny, task: str, **options: Any) -> dict[str, Tensor]:
+    """Inputs that the head accepts: two choices, one end token per text, an encoder alone or a decoder alone."""
+    inputs = tiny.inputs(**options)
+    if task == "multiple-choice":
+        return {name: x[:, None].repeat(1, 2, 1) for name, x in inputs.items()}
+    if tiny.kind == "encoder-decoder" and task == "causal-lm":
+        return {name: x for name, x in inputs.items() if not name.startswith("decoder_")}
+    if tiny.kind == "encoder-decoder" and task == "sequence-classification":
+        inputs["input_ids"][:, 3] = END
+    return inputs
+
+
+@torch.no_grad()
+def output(model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return model.eval()(**inputs)[0]
+
+
+def saved(tmp_path: Path, name: str = "bert", variant: Any = "linformer", **hyper: Any) -> tuple[Path, Tensor]:
+    """A patched model on disk and what it gave for `ZOO[name].inputs()`."""
+    model = patch_model(ZOO[name].build(), variant, **hyper)
+    model.save_pretrained(tmp_path)
+    return tmp_path, output(model, ZOO[name].inputs())
+
+
+def edit_config(directory: Path, change: Any) -> None:
+    path = directory / "config.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_weights(directory: Path, change: Any) -> None:
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_every_head_reloads_bit_equal(name: str, task: str, tmp_path: Path):
+    tiny = ZOO[name]
+    inputs = fitting_inputs(tiny, task)
+    model = tiny.build_for(task)
+    dense = output(model, inputs)
+    model = patch_model(model, "sliding_window", window=2)
+    expected = output(model, inputs)
+    assert not torch.equal(dense, expected)
+    model.save_pretrained(tmp_path)
+    auto = getattr(transformers, TASKS[task])
+    reloaded = auto.from_pretrained(tmp_path)
+    assert type(reloaded) is type(model)
+    assert isinstance(reloaded, type(tiny.build_for(task)))
+    assert torch.equal(output(reloaded, inputs), expected)
+    assert hea.describe(reloaded) == hea.describe(model)
+    unpatch_model(reloaded)
+    assert torch.equal(output(reloaded, inputs), dense)
+
+
+def test_the_heads_tried_are_those_that_transformers_has():
+    for name, tasks in HEADS.items():
+        possible = set()
+        for task in TASKS:
+            try:
+                ZOO[name].build_for(task)
+            except ValueError:
+                continue
+            possible.add(task)
+        assert possible == set(tasks), name
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart", "vit"])
+def test_new_parameters_reload_bit_equal(name: str, tmp_path: Path):
+    tiny, inputs = ZOO[name], ZOO[name].inputs()
+    model = patch_model(tiny.build(), "linformer", rank=3)
+    torch.manual_seed(5)
+    added = {n: p for n, p in model.named_parameters() if ".efficient_attn." in n}
+    assert added
+    with torch.no_grad():
+        untrained = output(model, inputs)
+        for parameter in added.values():
+            parameter += torch.randn_like(parameter)
+    expected = output(model, inputs)
+    assert not torch.equal(untrained, expected)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = [key for key in file.keys() if ".efficient_attn." in key]  # noqa: SIM118
+    assert len(stored) == len(added)
+    reloaded = getattr(transformers, TASKS[USUAL_TASK[tiny.kind]]).from_pretrained(tmp_path)
+    assert torch.equal(output(reloaded, inputs), expected)
+    state = reloaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_mixture_over_layers_and_dense_layers_between(tmp_path: Path):
+    tiny, inputs = ZOO["modernbert"], ZOO["modernbert"].inputs()
+    model = patch_model(tiny.build(), {"0": hea.SlidingWindowConfig(window=2), (2, 3): "linformer"})
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert [row.variant for row in hea.describe(reloaded)] == ["sliding_window", None, "linformer", "linformer"]
+    assert reloaded.config.efficient_attention.keys() == {"0", "2-3"}
+    assert torch.equal(output(reloaded, inputs), output(model, inputs))
+    other = patch_model(tiny.build(), {"1": hea.SlidingWindowConfig(window=2), (2, 3): "linformer"})
+    assert not torch.equal(output(other, inputs), output(model, inputs))
+
+
+def test_base_saved_head_added_and_head_saved_base_loaded(tmp_path: Path):
+    tiny, inputs = ZOO["bert"], ZOO["bert"].inputs()
+    masked = patch_model(tiny.build(), "linformer")
+    hidden = output(masked.bert, inputs)
+    masked.save_pretrained(tmp_path / "masked")
+    base = AutoModel.from_pretrained(tmp_path / "masked", add_pooling_layer=False)
+    assert torch.equal(output(base, inputs), hidden)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(output(again.bert, inputs), hidden)
+
+
+def test_saved_in_shards(tmp_path: Path):
+    model = patch_model(ZOO["bert"].build(), "linformer")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert any(".efficient_attn." in key for key in index["weight_map"])
+    inputs = ZOO["bert"].inputs()
+    assert torch.equal(output(AutoModelForMaskedLM.from_pretrained(tmp_path), inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loaded_in_half_precision(dtype: torch.dtype, tmp_path: Path):
+    directory, expected = saved(tmp_path)
+    half = AutoModelForMaskedLM.from_pretrained(directory, dtype=dtype)
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    result = output(half, ZOO["bert"].inputs())
+    assert result.dtype == dtype
+    assert (result.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attn_implementation_given_at_loading_does_not_undo_the_patch(implementation: str, tmp_path: Path):
+    directory, expected = saved(tmp_path, layers=[1])
+    reloaded = AutoModelForMaskedLM.from_pretrained(directory, attn_implementation=implementation)
+    result = output(reloaded, ZOO["bert"].inputs())
+    dense = output(ZOO["bert"].build(), ZOO["bert"].inputs())
+    assert (dense - expected).abs().max() > 1e-2
+    assert (result - expected).abs().max() < 1e-4
+    unpatch_model(reloaded)
+    assert reloaded.config._attn_implementation == implementation
+
+
+def test_without_the_library_transformers_does_not_know_the_type(tmp_path: Path):
+    saved(tmp_path)
+    code = (
+        "import sys, transformers\n{}\n"
+        "print(type(transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    with_library, without = (
+        subprocess.run(
+            [sys.executable, "-c", code.format(line), str(tmp_path)],
+            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+        )
+        for line in ("import hf_efficient_attn", "")
+    )  # fmt: skip
+    assert "EfficientBertForMaskedLM" in with_library.stdout, with_library.stderr
+    assert without.returncode != 0
+    assert "model type `efficient_bert`" in without.stderr
+    assert "does not recognize this architecture" in without.stderr
+
+
+def test_names_of_the_saved_form(tmp_path: Path):
+    directory, _ = saved(tmp_path, rank=5)
+    data = json.loads((directory / "config.json").read_text())
+    assert data["model_type"] == "efficient_bert"
+    assert data["architectures"] == ["EfficientBertForMaskedLM"]
+    assert data["efficient_attention"]["0-1"]["variant"] == "linformer"
+    assert data["efficient_attention"]["0-1"]["rank"] == 5
+    config = AutoConfig.from_pretrained(directory)
+    assert type(config).__name__ == "EfficientBertConfig"
+    assert isinstance(config, transformers.BertConfig)
+    assert config.efficient_attention == data["efficient_attention"]
+    again = type(config).from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+
+
+def test_model_built_from_the_config_is_patched(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(directory))
+    assert [row.variant for row in hea.describe(model)] == ["linformer"] * 2
+
+
+def test_saved_patched_unpatched_and_patched_differently(tmp_path: Path):
+    """One model object saved in three states; each directory loads as what it was at that time."""
+    tiny, inputs = ZOO["bert"], ZOO["bert"].inputs()
+    model = tiny.build()
+    dense = output(model, inputs)
+    for variant in ("linformer", None, "block"):
+        if variant is not None:
+            patch_model(model, variant, **({"block_size": 3} if variant == "block" else {}))
+        model.save_pretrained(tmp_path / str(variant))
+        if variant is not None:
+            unpatch_model(model)
+    for variant in ("linformer", None, "block"):
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / str(variant))
+        assert {row.variant for row in hea.describe(loaded)} == {variant}
+        assert torch.equal(output(loaded, inputs), dense) is (variant is None)
+    assert json.loads((tmp_path / "None" / "config.json").read_text())["model_type"] == "bert"
+
+
+# Damaged and foreign checkpoints
+
+
+def test_unknown_hyper_parameter_in_the_config_raises(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+    edit_config(directory, lambda data: data["efficient_attention"]["0-1"].update(ranks=3))
+    with pytest.raises(ValueError, match=r"no hyper-parameter 'ranks'.*'rank'"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_unknown_variant_in_the_config_raises(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+    edit_config(directory, lambda data: data["efficient_attention"]["0-1"].update(variant="linformers"))
+    with pytest.raises(ValueError, match=r"unknown variant 'linformers'. Did you mean 'linformer'"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("value", [None, {}, [], "linformer"])
+def test_config_without_the_mapping_raises(value: Any, tmp_path: Path):
+    directory, _ = saved(tmp_path)
+    edit_config(directory, lambda data: data.update(efficient_attention=value))
+    with pytest.raises(Exception, match="efficient_attention"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+    edit_config(directory, lambda data: data.pop("efficient_attention"))
+    with pytest.raises(ValueError, match="efficient_attention must map layers to variants, got None"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_missing_weight_raises(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+
+    def drop(weights: dict[str, Tensor]) -> None:
+        del weights[next(key for key in weights if ".efficient_attn." in key)]
+
+    edit_weights(directory, drop)
+    with pytest.raises(ValueError, match=r"missing keys: .*efficient_attn"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_weights_of_the_dense_model_under_a_patched_config_raise(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+
+    def drop(weights: dict[str, Tensor]) -> None:
+        for key in [key for key in weights if ".efficient_attn." in key]:
+            del weights[key]
+
+    edit_weights(directory, drop)
+    with pytest.raises(ValueError, match=r"missing keys: .*efficient_attn"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_weights_of_other_hyper_parameters_raise(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+
+    def widen(weights: dict[str, Tensor]) -> None:
+        key = next(key for key in weights if ".efficient_attn." in key)
+        weights[key] = torch.cat([weights[key], weights[key]])
+
+    edit_weights(directory, widen)
+    with pytest.raises((ValueError, RuntimeError), match=r"efficient_attn|size mismatch|mismatched"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_weights_of_a_layer_that_is_not_patched_raise(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+
+    def shrink(data: dict[str, Any]) -> None:
+        data["efficient_attention"] = {"0": data["efficient_attention"]["0-1"]}
+
+    edit_config(directory, shrink)
+    with pytest.raises(ValueError, match=r"unexpected keys: .*efficient_attn"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_damaged_file_raises(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete|metadata"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_layers_that_the_config_lacks_raise(tmp_path: Path):
+    directory, _ = saved(tmp_path)
+
+    def shift(data: dict[str, Any]) -> None:
+        data["efficient_attention"] = {"1-2": data["efficient_attention"]["0-1"]}
+
+    edit_config(directory, shift)
+    with pytest.raises(ValueError, match="layer 2 does not exist"):
+        AutoModelForMaskedLM.from_pretrained(directory)
+
+
+class HomeMadeBert(BertModel):
+    """A class outside Transformers."""
+
+
+def test_model_of_a_class_outside_transformers_runs_but_is_not_saved(tmp_path: Path):
+    model = patch_model(HomeMadeBert(ZOO["bert"].config()).eval(), "sliding_window", window=2)
+    inputs = ZOO["bert"].inputs()
+    expected = output(model, inputs)
+    with pytest.raises(ValueError, match="HomeMadeBert is not a class of Transformers"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(output(copy.deepcopy(model), inputs), expected)
+    assert torch.equal(output(pickle.loads(pickle.dumps(model)), inputs), expected)
+    unpatch_model(model)
+    assert type(model) is HomeMadeBert
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+
+
+def test_tokenizer_saved_beside_the_model_loads(tmp_path: Path):
+    model = patch_model(ZOO["bert"].build(), "linformer")
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(tokenizer)
+    assert loaded("w7 w8 w50")["input_ids"] == tokenizer("w7 w8 w50")["input_ids"]
+
+
+def test_dense_checkpoints_load_as_before(tmp_path: Path):
+    for name in ("bert", "llama", "bart"):
+        tiny, inputs = ZOO[name], ZOO[name].inputs()
+        model = tiny.build()
+        patched_beside = patch_model(tiny.build(), "linformer")
+        model.save_pretrained(tmp_path / name)
+        loaded = getattr(transformers, TASKS[USUAL_TASK[tiny.kind]]).from_pretrained(tmp_path / name)
+        assert type(loaded) is type(model)
+        assert type(loaded.config) is type(model.config)
+        assert torch.equal(output(loaded, inputs), output(model, inputs))
+        assert not torch.equal(output(loaded, inputs), output(patched_beside, inputs))
+        assert loaded.config._attn_implementation == model.config._attn_implementation
+
+
+# Copies
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart", "vit"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(name: str, how: str, tmp_path: Path):
+    inputs = ZOO[name].inputs()
+    model = patch_model(ZOO[name].build(), "linformer")
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    expected = output(model, inputs)
+    assert type(twin) is type(model)
+    assert type(twin.config) is type(model.config)
+    assert torch.equal(output(twin, inputs), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(output(model, inputs), expected)
+    unpatch_model(twin)
+    assert {row.variant for row in hea.describe(model)} == {"linformer"}
+
+
+def test_pickled_into_another_process(tmp_path: Path):
+    """Spawned workers get a model by pickle; nothing but what the pickle names is imported there."""
+    inputs = ZOO["llama"].inputs()
+    model = patch_model(ZOO["llama"].build(), "linformer")
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps((model, inputs)))
+    code = (
+        "import pickle, sys, torch\n"
+        "model, inputs = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "torch.set_num_threads(int(sys.argv[3]))\n"
+        "torch.save((type(model).__name__, model(**inputs)[0].detach()), sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "in.pkl"), str(tmp_path / "out.pt"), str(torch.get_num_threads())],
+        check=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    name, result = torch.load(tmp_path / "out.pt")
+    assert name == "EfficientLlamaForCausalLM"
+    assert torch.equal(result, output(model, inputs))
+
+
+def test_hosts_stay_instances_of_their_own_class():
+    model = patch_model(ZOO["bert"].build(), "linformer")
+    attention = model.bert.encoder.layer[0].attention.self
+    assert isinstance(attention, BertSelfAttention)
+    assert type(attention).__name__ == "EfficientBertSelfAttention"
+    assert "EfficientBertSelfAttention" in repr(model)
+
+
+def test_classes_can_be_imported_by_name(tmp_path: Path):
+    from hf_efficient_attn import modeling
+
+    assert modeling.EfficientLlamaForCausalLM.dense_class is transformers.LlamaForCausalLM
+    directory, expected = saved(tmp_path, "llama")
+    direct = modeling.EfficientLlamaForCausalLM.from_pretrained(directory)
+    assert torch.equal(output(direct, ZOO["llama"].inputs()), expected)
+    assert isinstance(direct, type(AutoModelForCausalLM.from_pretrained(directory)))
+    with pytest.raises(AttributeError, match="EfficientLamaForCausalLM"):
+        _ = modeling.EfficientLamaForCausalLM
