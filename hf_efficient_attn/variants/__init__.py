@@ -4,5 +4,7 @@ from . import (
     block,
     flash,
     sliding_window,
+    linear,
+    performer,
     transformer_xl,
 )

@@ -1,0 +1,370 @@
+"""
+Attention by feature maps in linear time: with phi(q_t), phi(k_j) of m features,
+
+    out_t = sum_j phi(q_t) . phi(k_j) v_j / sum_j phi(q_t) . phi(k_j),        j <= t in a decoder, all j in an encoder,
+
+from sums S = sum_j phi(k_j) [v_j, 1]^T of shape (m, D + 1) (Katharopoulos et al. 2020, arXiv:2006.16236). A decoder's
+tokens are cut into chunks: weights inside a chunk are formed, what lies before it is read from S, which costs about
+2 m D + CHUNK m multiplications per token and head. Features exist for one span of tokens at a time and are made again
+in the backward pass; only the inputs, the output and a decoder's S at the start of each span are kept: memory linear
+in N.
+
+Exponential features (`Features.logarithmic`) are given by their logarithms l and never overflow. A reference r per
+feature divides out: phi(k) = exp(l(k) - r), phi(q) = exp(l(q) + r - max over features), and S is stored relative to the
+running maximum of l(k). In a span r lies midway between the maximum up to its first key and up to its last, and a span
+over which the maximum rises by more than `REACH` is cut in two. So each query meets, in the feature that matters most
+to it, a key whose weight is not lost in rounding, and its normaliser is never 0.
+
+Letters: B batch, H query heads, G key/value heads (G divides H), N tokens, D head size, m features, T tokens of a span,
+cut into L chunks of C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..caching import AttentionState
+
+SPAN = 256  # tokens whose features exist at one time
+CHUNK = 64  # tokens of a decoder that read one another directly
+REACH = 50.0  # most that a logarithm may rise in a span: exp(1.5 REACH), the largest number met, fits float32
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Features:
+    """
+    query: (x (B, H, T, D), *params) -> (B, H, T, m). key: (x (B, G, T, D), *params) -> (B, G, T, m). size: m.
+    params: tensors that the maps use and that may need gradients.
+    logarithmic: the maps give log phi; what is the same for all features of a query cancels and may be left out.
+    floor: the smallest normaliser; below it the query and its keys have nothing in common and the output fades to 0.
+    """
+
+    query: Callable[..., Tensor]
+    key: Callable[..., Tensor]
+    size: int
+    params: tuple[Tensor, ...] = ()
+    logarithmic: bool = False
+    floor: float = 1e-30
+
+
+@dataclass(frozen=True)
+class Sums:
+    """
+    What a decoder remembers. total: (B, G, m, D + 1). top: (B, G, m), the largest log phi(k) of each feature, to which
+    `total` is relative; -inf before the first key, 0 where features are not logarithmic.
+    """
+
+    total: Tensor
+    top: Tensor
+
+
+def attend_linearly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: Features,
+    *,
+    causal: bool,
+    lengths: Tensor | None,
+    state: AttentionState | None,
+) -> Tensor:
+    """`linear_attention` for a variant whose decoder state is the sums alone."""
+    stored = {} if state is None else state.entries
+    before = Sums(stored["total"], stored["top"]) if "total" in stored else None
+    output, after = linear_attention(query, key, value, features, causal=causal, lengths=lengths, before=before)
+    stored.update(total=after.total, top=after.top)
+    return output
+
+
+@torch.compiler.disable
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: Features,
+    *,
+    causal: bool,
+    lengths: Tensor | None = None,
+    before: Sums | None = None,
+) -> tuple[Tensor, Sums]:
+    """
+    query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D), and the sums after the last real token.
+
+    lengths: (B,) real tokens per row, the others behind them, or None. before: the sums that earlier calls of a decoder
+    left. Half precision is computed in float32. Gradients reach query, key, value, `features.params` and, in a decoder,
+    `before.total`.
+    """
+    if before is None:
+        accurate = torch.promote_types(query.dtype, torch.float32)
+        top = query.new_full((*key.shape[:2], features.size), NEVER if features.logarithmic else 0.0, dtype=accurate)
+        before = Sums(top.new_zeros(*top.shape, value.shape[3] + 1), top)
+    function = _Causal if causal else _Bidirectional
+    output, total, top = function.apply(
+        features, lengths, query, key, value, before.total, before.top, *features.params
+    )
+    return output, Sums(total, top)
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, lengths, query, key, value, total, top, *params):
+        inputs = query, key, value
+        output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
+        pending, spans, states = _spans(query.shape[2])[::-1], [], []
+        while pending:
+            place = pending.pop()
+            span = _Span.of(features, inputs, params, lengths, place, top)
+            if span is None:
+                pending += _halves(place)
+                continue
+            spans.append(place)
+            states += [total, top]
+            before, total = _running(span.phi_k.mT @ span.value, _rescale(total, span.enter))
+            read = span.lower(span.phi_q @ span.phi_k.mT) @ span.value
+            read += span.phi_q @ before
+            _divide(span.by_token(read), features.floor, output[:, :, place], normaliser[:, :, place])
+            total, top = _rescale(total, span.leave), span.top
+        ctx.features, ctx.spans = features, spans
+        ctx.save_for_backward(*inputs, output, normaliser, lengths, *params, *states)
+        ctx.mark_non_differentiable(top)
+        ctx.set_materialize_grads(False)
+        return output, total, top
+
+    @staticmethod
+    def backward(ctx, grad, grad_total, _):
+        features, (query, key, value, output, normaliser, lengths, *rest) = ctx.features, ctx.saved_tensors
+        params, states = rest[: len(features.params)], rest[len(features.params) :]
+        slopes = _Slopes(features, query, key, params, ctx.needs_input_grad[7:])
+        grad_value = torch.empty_like(value)
+        grad = torch.zeros_like(output) if grad is None else grad
+        grad_total = torch.zeros_like(states[0]) if grad_total is None else grad_total
+        for place, total, top in zip(ctx.spans[::-1], states[-2::-2], states[::-2], strict=True):
+            span = _Span.of(features, (query, key, value), params, lengths, place, top)
+            slope = span.by_chunk(_of_quotient(grad, output, normaliser, features.floor, place))
+            before, _ = _running(span.phi_k.mT @ span.value, _rescale(total, span.enter))
+            after, grad_total = _running((span.phi_q.mT @ slope).flip(2), _rescale(grad_total, span.leave))
+            after, grad_total = after.flip(2), _rescale(grad_total, span.enter)
+            weights = span.lower(span.phi_q @ span.phi_k.mT)
+            grad_value[:, :, place] = span.by_token(weights.mT @ slope + span.phi_k @ after)[..., :-1]
+            weights = span.lower(slope @ span.value.mT)
+            of_q, of_k = weights @ span.phi_k, weights.mT @ span.phi_q
+            of_q += slope @ before.mT
+            of_k += span.value @ after.mT
+            slopes.query(place, span.by_token(of_q), span.by_token(span.phi_q))
+            slopes.key(place, span.by_token(of_k), span.by_token(span.phi_k), lengths)
+        return None, None, slopes.of_query, slopes.of_key, grad_value, grad_total, None, *slopes.of_params
+
+
+class _Bidirectional(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, lengths, query, key, value, total, top, *params):
+        spans = _spans(query.shape[2])
+        for place in spans:
+            raw, reference = _raw_key(features, key, params, lengths, place, top.dtype), None
+            if features.logarithmic:
+                higher = torch.maximum(top, raw.amax(2))
+                reference = _finite(higher)
+                total, top = _rescale(total, torch.exp(top - reference)), higher
+            total = total + _exp_key(raw, reference).mT @ _with_one(value, place, top.dtype)
+        reference = _finite(top) if features.logarithmic else None
+        output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
+        for place in spans:
+            phi = _query_features(features, query, params, place, top.dtype, reference, key.shape[1])
+            read = _ungroup(_group(phi, key.shape[1]) @ total, query.shape[1])
+            _divide(read, features.floor, output[:, :, place], normaliser[:, :, place])
+        ctx.features = features
+        ctx.save_for_backward(query, key, value, output, normaliser, lengths, total, reference, *params)
+        ctx.mark_non_differentiable(total, top)
+        return output, total, top
+
+    @staticmethod
+    def backward(ctx, grad, _, __):
+        features = ctx.features
+        query, key, value, output, normaliser, lengths, total, reference, *params = ctx.saved_tensors
+        slopes = _Slopes(features, query, key, params, ctx.needs_input_grad[7:])
+        grad_value, grad_total, groups = torch.empty_like(value), torch.zeros_like(total), key.shape[1]
+        for place in _spans(query.shape[2]):
+            phi = _query_features(features, query, params, place, total.dtype, reference, groups)
+            slope = _group(_of_quotient(grad, output, normaliser, features.floor, place), groups)
+            grad_total += _group(phi, groups).mT @ slope
+            slopes.query(place, _ungroup(slope @ total.mT, query.shape[1]), phi)
+        for place in _spans(query.shape[2]):
+            phi = _exp_key(_raw_key(features, key, params, lengths, place, total.dtype), reference)
+            grad_value[:, :, place] = (phi @ grad_total)[..., :-1]
+            slopes.key(place, _with_one(value, place, total.dtype) @ grad_total.mT, phi, lengths)
+        return None, None, slopes.of_query, slopes.of_key, grad_value, None, None, *slopes.of_params
+
+
+@dataclass(frozen=True)
+class _Span:
+    """
+    The features of a span of a decoder's tokens by chunks: phi_q (B, G, L, H / G C, m), phi_k (B, G, L, C, m), value
+    (B, G, L, C, D + 1) with ones behind. top: the running maximum after it. enter, leave: the factors (B, G, m) that
+    take sums from the maximum before the span to its reference, and from there to `top`; None without logarithms.
+    """
+
+    groups: int
+    chunk: int
+    phi_q: Tensor
+    phi_k: Tensor
+    value: Tensor
+    top: Tensor
+    enter: Tensor | None
+    leave: Tensor | None
+
+    @staticmethod
+    def of(features: Features, inputs, params, lengths, place: slice, top: Tensor) -> _Span | None:
+        """None where the running maximum rises too much over the span."""
+        (query, key, value), accurate = inputs, top.dtype
+        reference = enter = leave = None
+        raw, length = _raw_key(features, key, params, lengths, place, accurate), place.stop - place.start
+        if features.logarithmic:
+            low, high = torch.maximum(top, raw[:, :, 0]), torch.maximum(top, raw.amax(2))
+            if length > 1 and bool(((high - low) > REACH).any()):
+                return None
+            reference = _finite((low + high) / 2)
+            enter, leave = torch.exp(top - reference), torch.exp(reference - _finite(high))
+            top = high
+        groups, chunk = key.shape[1], CHUNK if length % CHUNK == 0 else length
+        phi_q = _query_features(features, query, params, place, accurate, reference, groups)
+        three = phi_q, _exp_key(raw, reference), _with_one(value, place, accurate)
+        return _Span(groups, chunk, *(_by_chunk(x, groups, chunk) for x in three), top, enter, leave)
+
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """(B, H, T, E) -> (B, G, L, H / G C, E)."""
+        return _by_chunk(x, self.groups, self.chunk)
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """Inverse of `by_chunk`."""
+        return x.unflatten(3, (-1, self.chunk)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def lower(self, weights: Tensor) -> Tensor:
+        """Weights inside chunks (B, G, L, H / G C, C), zeroed in place where the key comes after the query."""
+        past = torch.ones(self.chunk, self.chunk, dtype=weights.dtype, device=weights.device).tril_()
+        weights.unflatten(3, (-1, self.chunk)).mul_(past)
+        return weights
+
+
+class _Slopes:
+    """Gradients of the inputs and the parameters from those of the features, span by span."""
+
+    def __init__(self, features: Features, query: Tensor, key: Tensor, params, wanted) -> None:
+        self.features, self.inputs, self.params = features, (query, key), params
+        self.of_query, self.of_key = torch.empty_like(query), torch.empty_like(key)
+        self.of_params = [torch.zeros_like(p) if want else None for p, want in zip(params, wanted, strict=True)]
+
+    def query(self, place: slice, slope: Tensor, phi: Tensor) -> None:
+        """slope: the gradient of phi, the features of the queries at `place`; may be overwritten."""
+        self._pull(self.features.query, self.inputs[0], self.of_query, place, slope, phi)
+
+    def key(self, place: slice, slope: Tensor, phi: Tensor, lengths: Tensor | None) -> None:
+        if lengths is not None:
+            slope = slope.masked_fill(_padded(lengths, place), 0)
+        self._pull(self.features.key, self.inputs[1], self.of_key, place, slope, phi)
+
+    def _pull(self, function, x, of_x, place, slope, phi) -> None:
+        if self.features.logarithmic:
+            slope = slope * phi
+        with torch.enable_grad():
+            leaf = x[:, :, place].detach().requires_grad_()
+            pairs = zip(self.params, self.of_params, strict=True)
+            params = [p.detach().requires_grad_(total is not None) for p, total in pairs]
+            raw = function(leaf.to(slope.dtype), *params)
+        wanted = [leaf, *(p for p in params if p.requires_grad)]
+        of_x[:, :, place], *found = torch.autograd.grad(raw, wanted, slope, allow_unused=True)
+        for total, part in zip((t for t in self.of_params if t is not None), found, strict=True):
+            if part is not None:
+                total += part
+
+
+def _spans(length: int) -> list[slice]:
+    """Cuts of a sequence, each of whole chunks or shorter than one."""
+    whole = length // CHUNK * CHUNK
+    cuts = [slice(i, min(i + SPAN, whole)) for i in range(0, whole, SPAN)]
+    return cuts if whole == length else [*cuts, slice(whole, length)]
+
+
+def _halves(place: slice) -> list[slice]:
+    """The later half and the earlier one."""
+    unit = CHUNK if place.stop - place.start > CHUNK else 1
+    middle = place.start + max((place.stop - place.start) // (2 * unit), 1) * unit
+    return [slice(middle, place.stop), slice(place.start, middle)]
+
+
+def _running(added: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """added (B, G, L, ...), start (B, G, ...) -> start plus what comes before each of the L, and start plus all."""
+    before = torch.empty_like(added)
+    for i in range(added.shape[2]):
+        before[:, :, i] = start
+        start = start + added[:, :, i]
+    return before, start
+
+
+def _rescale(total: Tensor, factor: Tensor | None) -> Tensor:
+    return total if factor is None else total * factor[..., None]
+
+
+def _finite(top: Tensor) -> Tensor:
+    """A running maximum, 0 where there was no key."""
+    return top.masked_fill(top == NEVER, 0)
+
+
+def _padded(lengths: Tensor, place: slice) -> Tensor:
+    """(B, 1, T, 1) bool, True = padding."""
+    return (torch.arange(place.start, place.stop, device=lengths.device) >= lengths[:, None])[:, None, :, None]
+
+
+def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:
+    """(B, G, T, D) -> (B, G, T, D + 1): the last column sums up the weights."""
+    value = value[:, :, place].to(accurate)
+    return torch.cat([value, value.new_ones(*value.shape[:3], 1)], 3)
+
+
+def _raw_key(features: Features, key: Tensor, params, lengths, place: slice, accurate: torch.dtype) -> Tensor:
+    """What the key map gives; padding weighs nothing."""
+    raw = features.key(key[:, :, place].to(accurate), *params)
+    return raw if lengths is None else raw.masked_fill(_padded(lengths, place), NEVER if features.logarithmic else 0.0)
+
+
+def _exp_key(raw: Tensor, reference: Tensor | None) -> Tensor:
+    return raw if reference is None else (raw - reference[:, :, None]).exp_()
+
+
+def _query_features(features, query, params, place, accurate, reference: Tensor | None, groups: int) -> Tensor:
+    raw = features.query(query[:, :, place].to(accurate), *params)
+    if reference is None:
+        return raw
+    raw = raw.unflatten(1, (groups, -1)) + reference[:, :, None, None]
+    return raw.sub_(raw.amax(-1, keepdim=True)).exp_().flatten(1, 2)
+
+
+def _by_chunk(x: Tensor, groups: int, chunk: int) -> Tensor:
+    return x.unflatten(2, (-1, chunk)).unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
+
+
+def _group(x: Tensor, groups: int) -> Tensor:
+    """(B, H, T, E) -> (B, G, H / G T, E)."""
+    return x.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _ungroup(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(2, (heads // x.shape[1], -1)).flatten(1, 2)
+
+
+def _divide(read: Tensor, floor: float, output: Tensor, normaliser: Tensor) -> None:
+    """Writes numerator / normaliser; read (B, H, T, D + 1)."""
+    normaliser.copy_(read[..., -1].clamp_min(floor))
+    output.copy_(read[..., :-1] / normaliser[..., None])
+
+
+def _of_quotient(grad: Tensor, output: Tensor, normaliser: Tensor, floor: float, place: slice) -> Tensor:
+    """Gradient (B, H, T, D + 1) of numerator and normaliser from that of their quotient."""
+    normaliser = normaliser[:, :, place, None]
+    grad = grad[:, :, place].to(normaliser.dtype) / normaliser
+    of_normaliser = (grad * output[:, :, place]).sum(-1, keepdim=True).neg_()
+    return torch.cat([grad, of_normaliser.masked_fill_(normaliser <= floor, 0)], 3)
