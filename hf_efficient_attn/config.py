@@ -75,9 +75,7 @@ class EfficientAttentionConfig:
             if given not in known:
                 near = difflib.get_close_matches(given, known, n=2)
                 hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-                raise ValueError(
-                    f"{cls.__name__} has no hyper-parameter {given!r}.{hint} It has: {', '.join(known)}."
-                )
+                raise ValueError(f"{cls.__name__} has no hyper-parameter {given!r}.{hint} It has: {', '.join(known)}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,4 +111,6 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("NoneType", "None")
+    return (
+        hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("NoneType", "None")
+    )

@@ -8,18 +8,20 @@ Transformers' own "unrecognized model type" instead of a silently dense model.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .dispatch import CHILD
+from .dispatch import CHILD, NAME
 from .swapping import plan, revert_layers, swap_layers
 
 PREFIX = "efficient_"
@@ -38,9 +40,15 @@ class EfficientModelMixin:
     dense_class: type[PreTrainedModel]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        choices = getattr(config, FIELD, None)
+        if not isinstance(choices, Mapping) or not choices:
+            raise ValueError(f"{type(config).__name__}.{FIELD} must map layers to variants, got {choices!r}.")
+        if config._attn_implementation == NAME:  # the config of a model that is patched already
+            config = copy.deepcopy(config)
+            config._attn_implementation = None
         super().__init__(config, *args, **kwargs)
         if CHILD not in {name.rsplit(".", 1)[-1] for name, _ in self.named_modules()}:
-            install(self, getattr(config, FIELD, None))
+            install(self, choices)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,27 +86,27 @@ class ForeignModelMixin:
         )
 
 
-def install(model: PreTrainedModel, choices: Mapping[str, Any] | None) -> dict[str, dict]:
+def install(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module | None = None) -> dict[str, dict]:
     """
-    Patches the layers of a model whose class and config are already the efficient ones.
+    Patches the layers of a model and leaves its class as it is; returns the mapping in its saved form.
 
     Raises:
-        ValueError: the mapping is missing or cannot be served.
+        ValueError: the mapping cannot be served.
     """
-    if not isinstance(choices, Mapping) or not choices:
-        raise ValueError(f"{type(model.config).__name__}.{FIELD} must map layers to variants, got {choices!r}.")
     swaps, mapping = plan(model, choices)
-    swap_layers(model, swaps)
+    swap_layers(model, swaps, outer)
     model.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
     return mapping
 
 
-def adopt(model: PreTrainedModel, choices: Mapping[Any, Any]) -> None:
-    """Patches a model and gives it and its config the classes that save and load it patched."""
+def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module | None = None) -> None:
+    """
+    Patches a model and gives it and its config the classes that save and load it patched; `outer` is a wrapper around it.
+    """
     config_class = type(model.config)
     known = config_class.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config_class.model_type] is config_class
     model_class = getattr(transformers, type(model).__name__, None) is type(model) and known
-    mapping = install(model, choices)
+    mapping = install(model, choices, outer)
     if model_class:
         model.config.__class__ = efficient_config_class(config_class)
         model.__class__ = efficient_model_class(type(model))
@@ -161,7 +169,7 @@ def efficient_config_class(dense_class: type[PreTrainedConfig]) -> type[PreTrain
     return cls
 
 
-@lru_cache(maxsize=None)
+@cache
 def efficient_model_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`EfficientBertForMaskedLM` of `BertForMaskedLM`."""
     name = f"Efficient{dense_class.__name__}"
@@ -176,7 +184,7 @@ def efficient_model_class(dense_class: type[PreTrainedModel]) -> type[PreTrained
     return cls
 
 
-@lru_cache(maxsize=None)
+@cache
 def _foreign_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     members = {"__module__": __name__, "dense_class": dense_class, "__reduce_ex__": _reduce_foreign}
     return type(f"Efficient{dense_class.__name__}", (ForeignModelMixin, dense_class), members)
@@ -214,7 +222,10 @@ def _register_models(dense_config: type[PreTrainedConfig], config: type[PreTrain
 
 def _share_tables(dense_type: str, efficient_type: str) -> None:
     """What Transformers and PEFT look up by model type holds for the patched type as well."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 
     conversion = get_checkpoint_conversion_mapping(dense_type)
     if conversion is not None:

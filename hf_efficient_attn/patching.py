@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ def patch_model(
         choices: Mapping[Any, Any] = variant
     else:
         choices = {_as_key(layers): make_config(variant, hyper)}
-    adopt(base, choices)
+    adopt(base, choices, model)
     return model
 
 
@@ -119,4 +119,4 @@ def _is_patched(model: nn.Module) -> bool:
 
 def _as_key(layers: Layers) -> Any:
     """A hashable form of `layers` for a mapping of one entry."""
-    return layers if layers is None or isinstance(layers, (str, int)) else tuple(layers)
+    return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers

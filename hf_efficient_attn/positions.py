@@ -59,7 +59,11 @@ def _extend(model: nn.Module, name: str, table: nn.Embedding, offset: int, max_l
         old = getattr(owner, buffer, None)
         if isinstance(old, torch.Tensor) and old.ndim == 2 and old.shape[1] in (len(learned), len(weight)):
             length = max_length + (old.shape[1] - len(learned))
-            new = torch.arange(length, device=old.device).to(old.dtype) if buffer == "position_ids" else old.new_zeros(length)
+            new = (
+                torch.arange(length, device=old.device).to(old.dtype)
+                if buffer == "position_ids"
+                else old.new_zeros(length)
+            )
             persistent = buffer not in owner._non_persistent_buffers_set
             owner.register_buffer(buffer, new.expand(1, -1), persistent=persistent)
 

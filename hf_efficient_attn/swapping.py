@@ -6,15 +6,16 @@ A plan is complete and checked before the model is touched, so a refused patch l
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import EfficientAttentionConfig
 from .dispatch import CHILD, NAME, PREVIOUS, PatchedForward
@@ -48,11 +49,15 @@ def parse_layers(layers: Layers, count: int) -> list[int]:
         for piece in layers.split(","):
             match = re.fullmatch(r"\s*(\d+)\s*(?:(-)\s*(\d*)\s*)?", piece)
             if match is None:
-                raise ValueError(f"layers = {layers!r}: write ranges such as '2-5', '8-' or '0,3-4', or a list of numbers.")
+                raise ValueError(
+                    f"layers = {layers!r}: write ranges such as '2-5', '8-' or '0,3-4', or a list of numbers."
+                )
             first = int(match[1])
             last = first if match[2] is None else int(match[3]) if match[3] else count - 1
             if last < first:
-                raise ValueError(f"layers = {layers!r}: the range {piece!r} is empty; the model has layers 0 to {count - 1}.")
+                raise ValueError(
+                    f"layers = {layers!r}: the range {piece!r} is empty; the model has layers 0 to {count - 1}."
+                )
             numbers += range(first, last + 1)
     elif isinstance(layers, int) and not isinstance(layers, bool):
         numbers = [layers]
@@ -140,7 +145,9 @@ def _build(config: EfficientAttentionConfig, host: Host) -> EfficientAttention:
     if weight is not None:
         hook = getattr(host.module, "_hf_hook", None)
         if weight.device.type == "meta" and hook is not None:
-            raise ValueError(f"attention layer {host.shape.layer} is offloaded; patch the model before its weights are.")
+            raise ValueError(
+                f"attention layer {host.shape.layer} is offloaded; patch the model before its weights are."
+            )
         variant = variant.to(device=weight.device, dtype=weight.dtype)
     return variant.train(host.module.training)
 
@@ -156,17 +163,23 @@ def _spell(numbers: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def swap_layers(model: PreTrainedModel, swaps: list[Swap]) -> None:
-    """Puts the variants in place. Every dispatching module of the model remembers what it ran before."""
+def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | None = None) -> None:
+    """
+    Puts the variants in place. Every dispatching module of the model remembers what it ran before. `outer` is a wrapper
+    around the model, if there is one.
+    """
     modules = dispatching_modules(model)
     for swap in swaps:
         _check_instance_forward(swap.host)
+    _own_configs(model if outer is None else outer)
     previous = {name: module.config._attn_implementation for name, module in modules.items()}
     model.set_attn_implementation(NAME)
     stayed = [name for name, module in modules.items() if module.config._attn_implementation != NAME]
     if stayed:
         _set_implementations(modules, previous)
-        raise ValueError(f"{type(model).__name__} keeps its own attention implementation in {stayed[0]}; it cannot be patched.")
+        raise ValueError(
+            f"{type(model).__name__} keeps its own attention implementation in {stayed[0]}; it cannot be patched."
+        )
     for name, module in modules.items():
         setattr(module, PREVIOUS, previous[name])
     for swap in swaps:
@@ -192,6 +205,15 @@ def revert_layers(model: PreTrainedModel) -> None:
             part.config._attn_implementation_internal = next(iter(previous.values()))
 
 
+def _own_configs(model: nn.Module) -> None:
+    """Two models may hold one config object; a patch writes into it, so this model gets copies, related as before."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, copies))
+
+
 def _set_implementations(modules: dict[str, nn.Module], names: dict[str, str]) -> None:
     for name, module in modules.items():
         module.config._attn_implementation_internal = names[name]
@@ -212,7 +234,7 @@ def _rebind_hooked_forward(module: nn.Module) -> None:
         module._old_forward = types.MethodType(type(module).forward, module)
 
 
-@lru_cache(maxsize=None)
+@cache
 def efficient_class(dense_class: type) -> type:
     """`EfficientLlamaAttention`, a subclass of `LlamaAttention` that goes through `PatchedForward`."""
     if issubclass(dense_class, PatchedForward):
@@ -237,4 +259,3 @@ def _reduce(self, protocol):
 def _remake(dense_class: type) -> nn.Module:
     cls = efficient_class(dense_class)
     return cls.__new__(cls)
-

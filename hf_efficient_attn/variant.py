@@ -131,7 +131,9 @@ class EfficientAttention(nn.Module):
                 "must share the head size, and key and value their shape."
             )
         if m < n or (m > n and state is not None):
-            raise ValueError(f"{self.config.name}: {n} queries for {m} keys; self-attention needs as many keys, or more.")
+            raise ValueError(
+                f"{self.config.name}: {n} queries for {m} keys; self-attention needs as many keys, or more."
+            )
         if causal is not self.host.causal:
             given, built = ("causal", "bidirectional") if causal else ("bidirectional", "causal")
             raise ValueError(f"{self.config.name}: built for a {built} layer, called as {given}.")

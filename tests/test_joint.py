@@ -66,6 +66,8 @@ def test_dropout_keeps_the_mean_and_its_gradient_is_that_of_the_kept_weights():
 
     def run(q, k, v):
         torch.manual_seed(1)
-        return joint_attention(q, [Part(k[:, :, :3], v[:, :, :3]), Part(k[:, :, 3:], v[:, :, 3:])], scaling=1.0, dropout=0.3)
+        return joint_attention(
+            q, [Part(k[:, :, :3], v[:, :, :3]), Part(k[:, :, 3:], v[:, :, 3:])], scaling=1.0, dropout=0.3
+        )
 
     assert torch.autograd.gradcheck(run, (query, key.requires_grad_(), value))

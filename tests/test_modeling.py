@@ -231,6 +231,19 @@ def test_model_built_from_the_config_is_patched(tmp_path: Path):
     directory, _ = saved(tmp_path)
     model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(directory))
     assert [row.variant for row in hea.describe(model)] == ["linformer"] * 2
+    assert output(model, ZOO["bert"].inputs()).isfinite().all()
+
+
+def test_model_built_from_the_config_of_a_patched_one():
+    inputs = ZOO["bert"].inputs(pad="right")
+    model = patch_model(ZOO["bert"].build(), "sliding_window", window=2, layers=[1])
+    for twin in (AutoModelForMaskedLM.from_config(model.config), type(model)(model.config)):
+        twin.load_state_dict(model.state_dict())
+        assert twin.config is not model.config
+        assert hea.describe(twin) == hea.describe(model)
+        assert torch.equal(output(twin, inputs), output(model, inputs))
+        unpatch_model(twin)
+        assert twin.config._attn_implementation == "sdpa"
 
 
 def test_saved_patched_unpatched_and_patched_differently(tmp_path: Path):

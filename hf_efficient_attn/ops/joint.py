@@ -142,9 +142,7 @@ def _slices(part: Part, length: int):
     """(query slice, mask of these queries or None); a mask may cover a prefix of the keys."""
     if not callable(part.mask):
         return [(slice(0, length), part.mask)]
-    return (
-        (slice(i, min(i + CHUNK, length)), part.mask(i, min(i + CHUNK, length))) for i in range(0, length, CHUNK)
-    )
+    return ((slice(i, min(i + CHUNK, length)), part.mask(i, min(i + CHUNK, length))) for i in range(0, length, CHUNK))
 
 
 def _fused(query: Tensor, dropout: float) -> bool:
