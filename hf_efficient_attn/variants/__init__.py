@@ -4,6 +4,7 @@ from . import (
     block,
     flash,
     sliding_window,
+    topk_blocks,
     linear,
     performer,
     transformer_xl,

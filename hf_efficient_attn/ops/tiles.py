@@ -1,0 +1,176 @@
+"""
+Queries that each choose their own key blocks, as one part of a joint softmax.
+
+For the chosen pairs (i, J) of query i and key block J, with r_i the log-sum-exp of the parts read before,
+    w_ij = exp(scaling q_i k_j - r_i),    output_i <- (output_i + sum_J w_iJ v_J) / (1 + sum_J sum_j w_ij),    j in J.
+Copying every query's blocks side by side would cost N x blocks x block_size x D. Turned around (Lu 2025, MoBA,
+arXiv:2502.13189), the pairs are sorted by block, and the queries that chose a block are multiplied with it at once: a
+query is copied once per pair and a key block once, some megabytes at a time. Cost: pairs x block_size x D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .joint import HUGE
+
+SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
+SAFE = 1e25  # a sum of weights up to here overflows nothing; beyond, r_i is raised to the largest logit
+
+
+@dataclass(frozen=True)
+class ChosenBlocks:
+    """
+    key, value: (B, G, M, D), M = blocks x block_size. `used` (B, M) bool: which keys exist, or None where all do.
+
+    tiles: pairs of rows (n, T) int64 and blocks (n,) int64. A row is a query (b H + h) N + i, or B H N in a slot that no
+    query fills; all rows of a line read the key block (b G + g) M / block_size + J.
+    A part for `joint_attention`; every query with a choice must see a key in an earlier part.
+    """
+
+    key: Tensor
+    value: Tensor
+    block_size: int
+    tiles: list[tuple[Tensor, Tensor]]
+    used: Tensor | None = None
+    bias: None = None
+
+    @staticmethod
+    @torch.compiler.disable
+    def of(key: Tensor, value: Tensor, block_size: int, chosen: Tensor, valid: Tensor, used: Tensor | None = None):
+        """chosen: (B, H, N, C) int64, blocks of the query's row, each once; valid: alike, bool, which of them count."""
+        batch, groups, size = key.shape[:3]
+        count, heads, device = size // block_size, chosen.shape[1], key.device
+        owner = torch.arange(batch * groups, device=device).repeat_interleave(heads // groups).view(batch, heads, 1, 1)
+        block = torch.where(valid, chosen + count * owner, batch * groups * count).flatten()
+        pair = torch.argsort(block.to(torch.int32), stable=True)
+        queries = pair // chosen.shape[3]
+        pairs = torch.bincount(block, minlength=batch * groups * count + 1)[:-1]
+        # Lines of at most `most` queries, the longest first, so that those of one tile are about as long.
+        most = SLOTS.get(device.type, SLOTS["cuda"])
+        lines = (pairs + most - 1) // most
+        blocks = torch.repeat_interleave(torch.arange(len(lines), device=device), lines)
+        done = (torch.arange(len(blocks), device=device) - (lines.cumsum(0) - lines)[blocks]) * most
+        length, order = torch.sort((pairs[blocks] - done).clamp_max(most), descending=True)
+        start, blocks = ((pairs.cumsum(0) - pairs)[blocks] + done)[order], blocks[order]
+        tiles, lengths, begin = [], length.tolist(), 0
+        while begin < len(lengths):
+            piece = slice(begin, begin + max(1, most // max(lengths[begin], block_size)))
+            slot = torch.arange(lengths[begin], device=device)
+            rows = queries[(start[piece, None] + slot).clamp_max(len(queries) - 1)]
+            tiles.append((rows.masked_fill_(slot >= length[piece, None], chosen.shape[:3].numel()), blocks[piece]))
+            begin = piece.stop
+        return ChosenBlocks(key, value, block_size, tiles, used)
+
+    def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
+        """As `Part.accumulate`."""
+        tables = [x.to(total.dtype).reshape(-1, x.shape[3]) for x in (query, key, value)]
+        sums, outs, kept = self._weigh(*tables, total, scaling, dropout)
+        before = None
+        if not bool(sums.max() < SAFE):
+            reference = total + self._highest(*tables[:2], total, scaling).clamp_min(0).view_as(total)
+            sums, outs, kept = self._weigh(*tables, reference, scaling, dropout)
+            before, total = torch.exp(total - reference).nan_to_num(1.0), reference
+            output.mul_(before[..., None])
+        sums = sums.view_as(total).add_(1.0 if before is None else before)
+        return output.add_(outs.view_as(output)).div_(sums[..., None]), total + sums.log(), kept
+
+    def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, kept):
+        """As `Part.differentiate`."""
+        tables = [x.to(total.dtype).reshape(-1, x.shape[3]) for x in (query, key, value, grad)]
+        queries, keys, values, grads = tables
+        dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        delta = _extended((grads.view_as(output) * output.to(total.dtype)).sum(-1).neg_(), 0.0)
+        reference, space = _extended(-total, -HUGE), _Space(queries)
+        for c, (rows, blocks) in enumerate(self.tiles):
+            q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
+            g = _rows(grads, rows_read, space("g", *q.shape))
+            v = _rows(values.view(-1, *k.shape[1:]), blocks, space("v", *k.shape))
+            weights = self._weights(space, q, k, reference[rows], blocks, scaling)
+            dropped = weights
+            if dropout:
+                dropped = weights * kept[c] / (1 - dropout)
+                dweights = torch.bmm(g, v.transpose(1, 2), out=space("dw", *weights.shape))
+                dweights.mul_(kept[c]).div_(1 - dropout).add_(delta[rows][..., None])
+            else:
+                dweights = torch.baddbmm(delta[rows][..., None], g, v.transpose(1, 2), out=space("dw", *weights.shape))
+            self._add(dv, blocks, torch.bmm(dropped.transpose(1, 2), g, out=space("block", *k.shape)))
+            dlogits = dweights.mul_(weights)
+            self._add(dk, blocks, torch.bmm(dlogits.transpose(1, 2), q, out=space("block", *k.shape)))
+            dq.index_add_(0, rows_read, torch.bmm(dlogits, k, out=space("out", *q.shape)).flatten(0, 1))
+        dq, dk, dv = dq.mul_(scaling).view_as(query), dk.mul_(scaling).view_as(key), dv.view_as(value)
+        return dq, dk.to(key.dtype), dv.to(value.dtype), None
+
+    def _weigh(self, queries, keys, values, reference, scaling, dropout):
+        """Sums of weights (rows,), weighted values (rows, D), and the dropout masks."""
+        sums, outs, kept = queries.new_zeros(len(queries)), torch.zeros_like(queries), []
+        reference, space = _extended(-reference, -HUGE), _Space(queries)
+        for rows, blocks in self.tiles:
+            q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
+            v = _rows(values.view(-1, *k.shape[1:]), blocks, space("v", *k.shape))
+            weights = self._weights(space, q, k, reference[rows], blocks, scaling)
+            sums.index_add_(0, rows_read, weights.sum(-1).flatten())
+            if dropout:
+                kept.append(torch.rand_like(weights) >= dropout)
+                weights.mul_(kept[-1]).div_(1 - dropout)
+            outs.index_add_(0, rows_read, torch.bmm(weights, v, out=space("out", *q.shape)).flatten(0, 1))
+        return sums, outs, kept
+
+    def _highest(self, queries, keys, reference, scaling) -> Tensor:
+        """(rows,): the largest logit of each query less its reference, -inf where it chose nothing."""
+        highest = queries.new_full((len(queries),), float("-inf"))
+        reference, space = _extended(-reference, -HUGE), _Space(queries)
+        for rows, blocks in self.tiles:
+            q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
+            logits = self._logits(space, q, k, reference[rows], blocks, scaling)
+            highest.scatter_reduce_(0, rows_read, logits.amax(-1).flatten(), "amax")
+        return highest
+
+    def _copy(self, space, rows, blocks, queries, keys):
+        """The tile's queries (n, T, D), the rows they were read from (n T,), the tile's keys (n, block_size, D)."""
+        rows_read = rows.flatten().clamp_max(len(queries) - 1)
+        q = _rows(queries, rows_read, space("q", *rows.shape, queries.shape[1]))
+        keys = keys.view(-1, self.block_size, keys.shape[1])
+        return q, rows_read, _rows(keys, blocks, space("k", len(blocks), *keys.shape[1:]))
+
+    def _logits(self, space, q, k, added, blocks, scaling) -> Tensor:
+        """(n, T, block_size): scaling q k + added (n, T); about -HUGE at keys that do not exist and in unfilled slots."""
+        added = added[..., None]
+        if self.used is not None:
+            absent = ~self.used.view(self.used.shape[0], 1, -1, self.block_size)
+            absent = absent.expand(-1, self.key.shape[1], -1, -1).flatten(0, 2)[blocks]
+            added = added.masked_fill(absent[:, None], -HUGE)
+        return torch.baddbmm(added, q, k.transpose(1, 2), alpha=scaling, out=space("weights", *q.shape[:2], k.shape[1]))
+
+    def _weights(self, *args) -> Tensor:
+        return self._logits(*args).exp_()
+
+    def _add(self, table: Tensor, blocks: Tensor, x: Tensor) -> None:
+        table.view(-1, *x.shape[1:]).index_add_(0, blocks, x)
+
+
+class _Space:
+    """Tensors of a tile's size that the next tile uses again: memory given back would be paged in anew."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.held = like, {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = self.like.new_empty(size)
+        return self.held[name][:size].view(shape)
+
+
+def _rows(table: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    torch.index_select(table, 0, index, out=out.view(len(index), *table.shape[1:]))
+    return out
+
+
+def _extended(x: Tensor, last: float) -> Tensor:
+    """(B, H, N) -> (B H N + 1,)."""
+    return torch.cat([x.flatten(), x.new_full((1,), last)])
