@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,15 @@ class Rows:
             slot = (self.real.cumsum(1) - 1).clamp_min(0)
             x = torch.gather(x, 2, slot[:, None, :, None].expand(x.shape))
         return x.masked_fill(~self.real[:, None, :, None], 0)
+
+
+def shift(x: Tensor, by: int | Tensor, length: int) -> Tensor:
+    """(B, H, S, D) -> (B, H, length, D): slot i goes to slot i + by, where `by` is an int or (B,); zeros elsewhere."""
+    if isinstance(by, int):
+        if by == 0 and length == x.shape[2]:
+            return x
+        return pad(x, (0, 0, by, length - by - x.shape[2]))
+    source = torch.arange(length, device=x.device) - by[:, None]
+    there = (source >= 0) & (source < x.shape[2])
+    source = source.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return torch.gather(x, 2, source).masked_fill(~there[:, None, :, None], 0)

@@ -26,8 +26,9 @@ from torch.nn.functional import pad
 
 from ..caching import AttentionState, Buffer, Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
-from ..ops.exact import sdpa
+from ..ops.exact import gathered_attention
 from ..ops.joint import Part, joint_attention
+from ..ops.rows import shift
 from ..ops.tiles import ChosenBlocks
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention
@@ -103,9 +104,9 @@ class TopkBlocksAttention(EfficientAttention):
         # Queries move to slots of their own: slot 0 is the first of the block that the first query stands in.
         skip = offset % size
         span = n + (skip if isinstance(skip, int) else size - 1)
-        framed = _shift(query, skip, -(-span // size) * size)
-        own_key, own_value = (_shift(x, skip - offset, framed.shape[2]) for x in (key, value))
-        key, value = (_pad_to(x, -(-x.shape[2] // size) * size) for x in (key, value))
+        framed = shift(query, skip, -(-span // size) * size)
+        own_key, own_value = (shift(x, skip - offset, framed.shape[2]) for x in (key, value))
+        key, value = (shift(x, 0, -(-x.shape[2] // size) * size) for x in (key, value))
         length = torch.full((1,), n, device=key.device) if lengths is None else lengths
         used = None
         if not causal and (lengths is not None or n < key.shape[2]):
@@ -120,7 +121,7 @@ class TopkBlocksAttention(EfficientAttention):
         if chosen.shape[3]:
             parts.append(ChosenBlocks.of(key, value, size, chosen, valid, used))
         output = joint_attention(framed, parts, scaling=scaling, dropout=dropout)
-        return _shift(output, -skip, n)
+        return shift(output, -skip, n)
 
     def _summarise(self, key: Tensor, used: Tensor | None = None) -> Tensor:
         """(B, G, M, D), `used` (B, M) -> (B, G, M / block_size, F): means (F = D), or maxima and minima (F = 2 D)."""
@@ -186,7 +187,7 @@ class TopkBlocksAttention(EfficientAttention):
         if isinstance(ready, int):
             new, ready = buffer.key[:, :, done * size : (done + ready) * size], None
         else:
-            new = _shift(buffer.key, -done * size, (n + size - 1) // size * size)
+            new = shift(buffer.key, -done * size, (n + size - 1) // size * size)
         new = self._summarise(new)
         return store.extend(new, new[..., :0], ready).key
 
@@ -200,12 +201,8 @@ class TopkBlocksAttention(EfficientAttention):
         chosen, valid = torch.cat([own, chosen], -1), torch.cat([torch.ones_like(own, dtype=torch.bool), valid], -1)
         slots = chosen[..., None] * size + torch.arange(size, device=query.device)
         seen = valid[..., None] & (slots <= position[:, None, :, None, None])
-        slots, seen = slots.clamp_max(key.shape[2] - 1).flatten(1), seen.view(batch, heads * n, 1, -1)
-        groups = torch.arange(key.shape[1], device=query.device).repeat_interleave(slots.shape[1] // key.shape[1])
-        rows = torch.arange(batch, device=query.device)[:, None]
-        key, value = (x[rows, groups, slots].view(batch, heads * n, -1, x.shape[3]) for x in (key, value))
-        output = sdpa(query.reshape(batch, heads * n, 1, -1), key, value, mask=seen, scaling=scaling, dropout=dropout)
-        return output.view(query.shape)
+        slots, seen = slots.flatten(3), seen.flatten(3)
+        return gathered_attention(query, key, value, slots, seen, scaling=scaling, dropout=dropout)
 
 
 def _own_block(key: Tensor, value: Tensor, size: int, causal: bool, used: Tensor | None) -> Part:
@@ -228,19 +225,3 @@ def _best(scores: Tensor, picks: int) -> Tensor:
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
     index = torch.arange(scores.shape[-1], device=scores.device)
     return ((ordered << 32) - index).topk(picks, -1).indices
-
-
-def _pad_to(x: Tensor, length: int) -> Tensor:
-    return x if x.shape[2] == length else pad(x, (0, 0, 0, length - x.shape[2]))
-
-
-def _shift(x: Tensor, by: Count, length: int) -> Tensor:
-    """(B, H, S, D) -> (B, H, length, D): slot i goes to slot i + by, where `by` is an int or (B,); zeros elsewhere."""
-    if isinstance(by, int):
-        if by == 0 and length == x.shape[2]:
-            return x
-        return pad(x, (0, 0, by, length - by - x.shape[2]))
-    source = torch.arange(length, device=x.device) - by[:, None]
-    there = (source >= 0) & (source < x.shape[2])
-    source = source.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return torch.gather(x, 2, source).masked_fill(~there[:, None, :, None], 0)
