@@ -95,7 +95,8 @@ def install(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module
     """
     swaps, mapping = plan(model, choices)
     swap_layers(model, swaps, outer)
-    model.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
+    for part in _models(model):  # each may be called by itself
+        part.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
     return mapping
 
 
@@ -106,27 +107,30 @@ def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module |
     config_class = type(model.config)
     known = config_class.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config_class.model_type] is config_class
     model_class = getattr(transformers, type(model).__name__, None) is type(model) and known
+    patched_class = efficient_model_class(type(model), config_class) if model_class else _foreign_class(type(model))
     mapping = install(model, choices, outer)
+    model.__class__ = patched_class
     if model_class:
-        model.config.__class__ = efficient_config_class(config_class)
-        model.__class__ = efficient_model_class(type(model))
+        model.config.__class__ = patched_class.config_class
         setattr(model.config, FIELD, mapping)
-    else:
-        model.__class__ = _foreign_class(type(model))
 
 
 def release(model: PreTrainedModel) -> None:
     """The inverse of `adopt`."""
     revert_layers(model)
-    hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is refuse_attention_maps]:
-        del hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for part in _models(model):
+        for key in [key for key, hook in part._forward_pre_hooks.items() if hook is refuse_attention_maps]:
+            del part._forward_pre_hooks[key]
+            part._forward_pre_hooks_with_kwargs.pop(key, None)
     if isinstance(model.config, EfficientConfigMixin):
         model.config.__dict__.pop(FIELD, None)
         model.config.__class__ = model.config.dense_class
     if isinstance(model, (EfficientModelMixin, ForeignModelMixin)):
         model.__class__ = model.dense_class
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
 
 
 def refuse_attention_maps(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
@@ -169,19 +173,30 @@ def efficient_config_class(dense_class: type[PreTrainedConfig]) -> type[PreTrain
     return cls
 
 
-@cache
-def efficient_model_class(dense_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`EfficientBertForMaskedLM` of `BertForMaskedLM`."""
-    name = f"Efficient{dense_class.__name__}"
-    members = {
-        "__module__": __name__,
-        "__doc__": f"{dense_class.__name__} with patched attention.",
-        "dense_class": dense_class,
-    }
-    cls = type(name, (EfficientModelMixin, dense_class), members)
-    setattr(sys.modules[__name__], name, cls)
-    cls.config_class = efficient_config_class(dense_class.config_class)
-    return cls
+_MODEL_CLASSES: dict[tuple[type[PreTrainedModel], type[PreTrainedConfig]], type[PreTrainedModel]] = {}
+
+
+def efficient_model_class(
+    dense_class: type[PreTrainedModel], dense_config: type[PreTrainedConfig] | None = None
+) -> type[PreTrainedModel]:
+    """`EfficientBertForMaskedLM` of `BertForMaskedLM`; `dense_config` where one class serves several model types."""
+    dense_config = dense_config or dense_class.config_class
+    config_class = efficient_config_class(dense_config)  # makes the classes it registers, perhaps this one
+    key = (dense_class, dense_config)
+    if key not in _MODEL_CLASSES:
+        own = dense_config is dense_class.config_class
+        name = f"Efficient{'' if own else dense_config.__name__.removesuffix('Config')}{dense_class.__name__}"
+        members = {
+            "__module__": __name__,
+            "__doc__": f"{dense_class.__name__} with patched attention.",
+            "dense_class": dense_class,
+            "config_class": config_class,
+        }
+        cls = type(name, (EfficientModelMixin, dense_class), members)
+        setattr(sys.modules[__name__], name, cls)
+        cls.config_class = config_class  # Transformers sets it anew for every subclass
+        _MODEL_CLASSES[key] = cls
+    return _MODEL_CLASSES[key]
 
 
 @cache
@@ -216,7 +231,7 @@ def _register_models(dense_config: type[PreTrainedConfig], config: type[PreTrain
         found = mapping[dense_config]
         for dense in found if isinstance(found, tuple) else (found,):
             if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
-                auto.register(config, efficient_model_class(dense), exist_ok=True)
+                auto.register(config, efficient_model_class(dense, dense_config), exist_ok=True)
                 break
 
 
