@@ -200,6 +200,7 @@ class AttentionState(Node, CacheLayerMixin):
         self.count: Count = 0
         self.real: Tensor | None = None  # (B, seen) bool, once a padded token was seen
         self.owner: dict | None = None  # the config of the variant that fills this state
+        self.expected = False  # the patched layer that owns this state is in its forward
         self.record_past = False
         self.record: dict | None = None  # the state before the latest call, and that call's inputs
         self.pending: dict | None = None  # a call's inputs to be read again before the next call
@@ -208,9 +209,16 @@ class AttentionState(Node, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states[:, :, :0].clone()  # where others look; what is kept lies in `entries`
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.owner is not None and not self.expected:  # dense attention would see the new keys alone
+            raise ValueError(
+                f"this layer of the cache is the decoder state of a patched layer ({self.owner}), which a dense layer cannot "
+                "read. Start with a new cache."
+            )
+        self.expected = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]

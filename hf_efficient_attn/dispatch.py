@@ -16,8 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
-from .hosts import cache_argument, hands_on_kwargs, hidden_input
-from .masking import AttentionMask, efficient_attention_mask
+from .hosts import arguments, cache_argument, hands_on_kwargs, hidden_input, other_source, own_terms
+from .masking import HIDES, AttentionMask, efficient_attention_mask
 from .variant import EfficientAttention
 
 NAME = "efficient_attention"
@@ -32,12 +32,16 @@ class Call:
     def __init__(self, state: AttentionState | None, hidden: Tensor | None) -> None:
         self.state = state
         self.hidden = hidden
+        self.before = 0 if state is None else state.seen
         self.arrived = False
 
 
 REFUSED_ARGUMENTS = {
     "softcap": "logits are capped (softcap)",
     "s_aux": "the softmax has sink logits (s_aux)",
+    "sinks": "the softmax has sink logits (sinks)",
+    "indices": "the architecture chooses the tokens that are attended to (indices)",
+    "block_indices": "the architecture chooses the tokens that are attended to (block_indices)",
     "position_bias": "a position bias is added to the logits",
     "cache": "the cache is paged (continuous batching)",
     "cu_seq_lens_q": "sequences are packed (cu_seq_lens)",
@@ -68,28 +72,35 @@ def efficient_attention_forward(
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
         return _dense(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if call is not None:
-        call.arrived = True
     state = None if call is None else call.state
-    before = state.seen - query.shape[2] if state is not None else 0
-    causal = module.is_causal if is_causal is None else is_causal
+    if call is not None:
+        if call.arrived and state is not None:
+            raise ValueError(_refuses(variant, "the layer attends several times per call, and its cache counts one"))
+        if state is not None and state.seen != call.before + query.shape[2]:
+            raise ValueError(_refuses(variant, "the layer keeps its keys in another layer's place of the cache"))
+        call.arrived = True
+    causal = variant.host.causal if is_causal is None else is_causal
     rows = None
+    _check_heads(variant, query, key, value)
     if isinstance(attention_mask, AttentionMask):
         causal = causal if attention_mask.causal is None else attention_mask.causal
-        rows = attention_mask.rows()
         if attention_mask.custom is not None:
             raise ValueError(_refuses(variant, attention_mask.custom))
+        tokens = key.shape[2] if state is None else state.seen
+        if attention_mask.length != tokens:
+            raise ValueError(
+                _refuses(variant, f"the mask covers {attention_mask.length} tokens, the layer has {tokens}")
+            )
+        rows = attention_mask.rows()
     elif attention_mask is not None:
         raise ValueError(_refuses(variant, f"a {attention_mask.ndim}-D mask {tuple(attention_mask.shape)} is given"))
-    for name, reason in REFUSED_ARGUMENTS.items():
+    for name in (*REFUSED_ARGUMENTS, *own_terms(type(module).dense_class)):
         if kwargs.get(name) is not None:
+            reason = REFUSED_ARGUMENTS.get(name, f"this architecture's softmax has a term of its own ({name})")
             raise ValueError(_refuses(variant, reason))
     window = kwargs.get("sliding_window")
-    if window is not None and before + key.shape[2] > window:
-        raise ValueError(
-            _refuses(variant, f"this architecture's own sliding window of {window} would hide some of the tokens")
-            + " Patch only the layers without a window (`layers=`), or set the window in the model's config to None first."
-        )
+    if window is not None and (key.shape[2] if state is None else state.seen) > window:
+        raise ValueError(_refuses(variant, HIDES.format(window)))
     output = variant(
         query,
         key,
@@ -105,7 +116,28 @@ def efficient_attention_forward(
 
 
 def _refuses(variant: EfficientAttention, reason: str) -> str:
-    return f"variant {variant.config.name!r} in layer {variant.host.layer}: {reason}, which it cannot honour."
+    return (
+        f"variant {variant.config.name!r} in layer {variant.host.layer}: {reason}, which it cannot honour. "
+        "Leave the layer out with `layers=`, or call the model without it."
+    )
+
+
+def _check_heads(variant: EfficientAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError where a layer's heads are not what `hosts` read off its module, or its keys not its own tokens."""
+    host, n = variant.host, query.shape[2]
+    built = ((host.num_heads, host.head_dim), *[(host.num_kv_heads, host.head_dim)] * 2)
+    given = tuple((x.shape[1], x.shape[3]) for x in (query, key, value))
+    if given != built:
+        raise ValueError(
+            _refuses(variant, f"(heads, head size) of query, key and value are {given} where {built} was expected")
+        )
+    if key.shape[2] != n:
+        raise ValueError(
+            _refuses(
+                variant,
+                f"{n} queries meet {key.shape[2]} keys, so some keys come from elsewhere than the layer's tokens",
+            )
+        )
 
 
 def _dense(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -117,6 +149,11 @@ def _dense(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tu
             "Use patch_model(model, ...) rather than attn_implementation=."
         )
     if isinstance(attention_mask, AttentionMask):
+        if attention_mask.shape[-1] != key.shape[2]:
+            raise RuntimeError(
+                f"a dense {type(module).__name__} has {key.shape[2]} keys where its mask covers {attention_mask.shape[-1]}: it "
+                "uses the keys of a patched layer, which no longer keeps all of them. Patch both layers or neither."
+            )
         attention_mask = attention_mask.dense(implementation)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -138,7 +175,11 @@ class PatchedForward:
                 f"layer {self.efficient_attn.host.layer} is patched, but the model's attention implementation was set to "
                 f"{self.config._attn_implementation!r} afterwards, which would run it dense. Call unpatch_model(model) first."
             )
-        state = layer_state(self, cache_argument(args, kwargs))
+        given = arguments(cls, args, kwargs)
+        source = other_source(given)
+        if source is not None:
+            raise ValueError(_refuses(self.efficient_attn, f"keys come from another sequence ({source})"))
+        state = layer_state(self, cache_argument(args, kwargs), given.get("layer_idx"))
         if not hands_on_kwargs(cls):
             return super().forward(*args, **kwargs)
         call = Call(state, hidden_input(args, kwargs))
@@ -151,9 +192,10 @@ class PatchedForward:
         return output
 
 
-def layer_state(module: nn.Module, cache: Any) -> AttentionState | None:
+def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> AttentionState | None:
     """
-    The layer's own state in the user's cache; an empty layer of the cache is replaced by it on first use.
+    The layer's own state in the user's cache, at `index` where the call says so (one module that serves several layers), or
+    at the module's `layer_idx`; an empty layer of the cache is replaced by it on first use.
 
     Raises:
         ValueError: the layer's place in the cache holds something that this layer cannot read.
@@ -162,7 +204,7 @@ def layer_state(module: nn.Module, cache: Any) -> AttentionState | None:
         cache = cache.self_attention_cache
     if cache is None:
         return None
-    index = getattr(module, "layer_idx", None)
+    index = getattr(module, "layer_idx", None) if index is None else index
     if index is None:
         raise ValueError(f"{type(module).__name__} was given a cache but has no layer_idx to find its place in it.")
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
@@ -175,6 +217,7 @@ def layer_state(module: nn.Module, cache: Any) -> AttentionState | None:
                 f"layer {index} of this cache was filled by {layer.owner}, which {variant.config.to_dict()} cannot read. "
                 "Start with a new cache."
             )
+        layer.expected = True
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length() > 0:
         held = f"{layer.get_seq_length()} tokens in a {type(layer).__name__}"
@@ -182,11 +225,11 @@ def layer_state(module: nn.Module, cache: Any) -> AttentionState | None:
             f"variant {variant.config.name!r} keeps a decoder state of its own, but layer {index} of this cache holds {held}. "
             "Give an empty DynamicCache (or none) from the first token on."
         )
-    cache.layers[index] = variant.make_state()
-    cache.layers[index].owner = variant.config.to_dict()
+    state = cache.layers[index] = variant.make_state()
+    state.owner, state.expected = variant.config.to_dict(), True
     if getattr(layer, "record_past", False):
-        cache.layers[index].activate_past_recording()
-    return cache.layers[index]
+        state.activate_past_recording()
+    return state
 
 
 AttentionInterface.register(NAME, efficient_attention_forward)

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -19,8 +19,14 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .variant import HostShape
 
-CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDec|multihead_attn|attn_token_to_image", re.IGNORECASE)
-OTHER_SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "context", "context_hidden_states")
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDec|multihead_attn", re.IGNORECASE)
+OTHER_SOURCES = (
+    "key_value_states",
+    "encoder_hidden_states",
+    "cross_attention_states",
+    "context",
+    "context_hidden_states",
+)
 QUERY_NAMES = ("query", "queries", "q", "query_tensor")
 KEY_NAMES = ("key", "keys", "k", "key_tensor")
 CAUSAL_FACTORIES = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
@@ -69,7 +75,7 @@ def dispatching_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dispatches(cls: type) -> bool:
     """Whether the forward of a class, or one that it calls by super(), names the table of attention functions."""
     for base in cls.__mro__:
@@ -122,16 +128,16 @@ def _shape(model: nn.Module, name: str, module: nn.Module, index: int, count: in
     groups = _first_int(module, "num_key_value_groups")
     kv_heads = _first_int(module, "num_key_value_heads", "num_kv_heads")
     if kv_heads is None:
-        kv_heads = heads // groups if groups else heads
+        kv_heads = heads // groups if heads and groups else heads
     width = _first_int(module, "embed_dim", "hidden_size", "all_head_size", "inner_dim", "dim")
     width = width or _first_int(config, "hidden_size", "d_model")
     head_dim = _first_int(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-    head_dim = head_dim or _first_int(config, "head_dim") or width // heads
+    head_dim = head_dim or _first_int(config, "head_dim") or (width // heads if width and heads else 0)
     return HostShape(
-        num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_heads=heads or 0,
+        num_kv_heads=kv_heads or 0,
         head_dim=head_dim,
-        hidden_size=_first_int(config, "hidden_size", "d_model") or width,
+        hidden_size=_first_int(config, "hidden_size", "d_model") or width or 0,
         causal=_is_causal(model, name, module),
         layer=index,
         num_layers=count,
@@ -144,7 +150,7 @@ def _is_causal(model: nn.Module, name: str, module: nn.Module) -> bool:
     The direction of a layer: that of the mask which the nearest module around it with the same config makes (CLIP's text
     layers are told so call by call), else what the layer says of itself. A config may ask a decoder to read both ways.
     """
-    causal = bool(getattr(module, "is_causal", False))
+    causal = bool(getattr(module, "is_causal", False) or getattr(module, "is_decoder", False))
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         owner = model.get_submodule(".".join(parts[:depth]))
@@ -167,6 +173,15 @@ def _first_int(owner: Any, *names: str) -> int | None:
 def refusal(host: Host) -> str | None:
     """Why no variant can serve this layer, or None: terms of its softmax that a variant would drop."""
     module = host.module
+    unknown = [name for name in ("num_heads", "num_kv_heads", "head_dim") if not getattr(host.shape, name)]
+    if unknown:
+        return f"does not say its {' and '.join(unknown)}"
+    parameters = inspect.signature(_own_class(module).forward).parameters
+    other = [
+        name for name in OTHER_SOURCES if name in parameters and parameters[name].default is inspect.Parameter.empty
+    ]
+    if other:
+        return f"attends to tokens of another sequence beside its own ({other[0]})"
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "caps its logits (attn_logit_softcapping)"
     if getattr(module, "sinks", None) is not None:
@@ -181,7 +196,15 @@ def refusal(host: Host) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
+def own_terms(cls: type) -> tuple[str, ...]:
+    """What the eager attention of an architecture takes beyond the usual: terms of its softmax, passed by keyword."""
+    eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+    usual = {"scaling", "dropout", "sliding_window", "kwargs"}
+    return tuple(name for name in list(inspect.signature(eager).parameters)[5:] if name not in usual) if eager else ()
+
+
+@cache
 def hands_on_kwargs(cls: type) -> bool:
     """Whether the forward of an attention class gives its keyword arguments to the attention function."""
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values()):
@@ -191,6 +214,28 @@ def hands_on_kwargs(cls: type) -> bool:
     except (OSError, TypeError):
         return True  # no source to read: the check after every call still finds a layer that stayed dense
     return source.count("**kwargs") >= 2
+
+
+@cache
+def _parameters(cls: type) -> tuple[str, ...]:
+    """The names of the parameters of a class's forward, in order, without `self`."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def arguments(cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What the named parameters of cls.forward(self, *args, **kwargs) are given, without those that are None."""
+    names = _parameters(cls)
+    given = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def other_source(given: dict[str, Any]) -> str | None:
+    """The argument by which an attention module is given keys that are not made of its queries' tokens, or None."""
+    query = next((given[name] for name in QUERY_NAMES if name in given), None)
+    key = next((name for name in KEY_NAMES if name in given), None)
+    if query is not None and key is not None and given[key] is not query:
+        return key
+    return next((name for name in OTHER_SOURCES if name in given), None)
 
 
 def cache_argument(args: tuple, kwargs: dict) -> Cache | None:

@@ -6,6 +6,7 @@ Convention everywhere: True = keep.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +14,40 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    chunked_overlay,
     prepare_padding_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
 )
 
 from .ops.rows import Rows
+
+# Transformers builds its mask functions as closures; one of the same code is one of the same kind.
+_INTERSECTION = and_masks().__code__
+_WINDOW = sliding_window_overlay(1).__code__
+_BIDIRECTIONAL_WINDOW = sliding_window_bidirectional_overlay(1).__code__
+_CHUNK = chunked_overlay(1, torch.zeros(1)).__code__
+
+PACKED = "packed sequences (position_ids that start again) or a mask function of the model's own"
+FOREIGN_USE = (
+    "code of this model computes with its attention mask, beside Transformers' attention function, so its layers cannot be "
+    "patched: no variant, and no layer that is left dense, would get the mask it needs"
+)
+HIDES = (
+    "this architecture's own sliding window of {} would hide some of the tokens (set it to None in the config to do "
+    "without it)"
+)
 
 
 class AttentionMask:
     """
     What Transformers' mask factory makes for a patched model, in place of a (B, 1, N, M) tensor.
 
-    padding: (B, M) bool over cached and new tokens, or None where none is padded. causal: the direction the factory was
-    asked for, or None where it does not say. window: the length of a sliding window that belongs to the architecture.
-    custom: why no variant can honour this mask, or None.
+    padding: (B, M) bool over cached and new tokens, or None where none is padded. length: M, the tokens it speaks of.
+    causal: the direction the factory was asked for. custom: why no variant can honour this mask, or None.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -35,18 +55,68 @@ class AttentionMask:
         self._dense: dict[str, Tensor | None] = {}
         self._rows: Rows | None = None
         self._rows_made = False
-        function = arguments["mask_function"]
         self.query_length = int(arguments["q_length"])
-        self.window = arguments.get("local_size")
-        self.causal = {causal_mask_function: True, bidirectional_mask_function: False}.get(function)
-        self.custom = None
-        if self.causal is None and (self.window is None or arguments.get("use_vmap") or _is_packed(function, arguments)):
-            self.custom = "packed sequences (position_ids that start again) or a mask function of the model's own"
+        self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
+        self.causal, self.custom = self._read(arguments["mask_function"])
         self.padding = None
         if arguments.get("attention_mask") is not None:
             kv_offset, kv_length = int(arguments["kv_offset"]), int(arguments["kv_length"])
             padding = prepare_padding_mask(arguments["attention_mask"], kv_length, kv_offset)
             self.padding = padding[:, kv_offset : kv_offset + kv_length].bool()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the 4-D mask that this object stands for."""
+        arguments = self._arguments
+        return int(arguments["batch_size"]), 1, self.query_length, int(arguments["kv_length"])
+
+    ndim = 4
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{FOREIGN_USE} (it asked for .{name})" if name[:1] != "_" else name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise ValueError(f"{FOREIGN_USE} (it called {getattr(function, '__name__', function)})")
+
+    def _read(self, function: Callable) -> tuple[bool | None, str | None]:
+        """
+        (causal, custom) of a mask function. It is an intersection of parts, each of which must be known; a window or a
+        chunk that belongs to the architecture must be wide enough to hide nothing.
+        """
+        if torch.compiler.is_compiling():
+            return self._read_compiled(function)
+        causal, reach = True, None
+        for part in _parts(function):
+            kind, values = getattr(part, "__code__", None), inspect.getclosurevars(part).nonlocals
+            if part is bidirectional_mask_function:
+                causal = False
+            elif kind is _WINDOW:
+                reach = values["sliding_window"]
+            elif kind is _BIDIRECTIONAL_WINDOW:
+                reach = values["sliding_window"] + 1
+            elif kind is _CHUNK:
+                reach = values["chunk_size"]
+            elif part is not causal_mask_function:
+                return None, PACKED
+        return causal, None if reach is None or self.length <= reach else HIDES.format(reach)
+
+    def _read_compiled(self, function: Callable) -> tuple[bool | None, str | None]:
+        """As `_read` where closures cannot be looked into: Transformers says whether a mask may be skipped."""
+        reach = self._arguments.get("local_size")
+        known = {causal_mask_function: True, bidirectional_mask_function: False}.get(function)
+        if known is not None:
+            return known, None
+        if reach is None or self._arguments.get("use_vmap"):
+            return None, PACKED
+        return None, None if self.length <= reach else HIDES.format(reach)
+
+    def contiguous(self) -> AttentionMask:
+        """`generate` asks for it where it makes masks ahead, for a cache of fixed shape."""
+        raise ValueError(
+            "a patched layer keeps a decoder state of its own, which a static cache cannot hold: leave out "
+            "cache_implementation, or give an empty DynamicCache."
+        )
 
     def rows(self) -> Rows | None:
         """The real tokens among the call's own (the last N columns); made once and shared by all layers."""
@@ -63,16 +133,17 @@ class AttentionMask:
 
 
 def efficient_attention_mask(*, mask_function: Callable = causal_mask_function, **arguments: Any) -> AttentionMask:
-    """The function registered with Transformers' `AttentionMaskInterface`; its arguments are those of `sdpa_mask`."""
+    """
+    The function registered with Transformers' `AttentionMaskInterface`; its arguments are those of `sdpa_mask`. A mask that
+    an outer model made already stays as it is.
+    """
+    if isinstance(arguments.get("attention_mask"), AttentionMask):
+        return arguments["attention_mask"]
     return AttentionMask({"mask_function": mask_function, "kv_offset": 0, "q_offset": 0, **arguments})
 
 
-def _is_packed(function: Callable, arguments: dict[str, Any]) -> bool:
-    """Whether a window's mask function hides a token's predecessor, as it does where a packed text begins."""
-    n, offset = int(arguments["q_length"]), arguments.get("q_offset", 0)
-    if n < 2 or torch.compiler.is_compiling():
-        return False
-    batch = torch.arange(int(arguments["batch_size"]), device=arguments.get("device", "cpu"))[:, None]
-    query = offset + torch.arange(1, n, device=batch.device)[None]
-    seen = function(batch, torch.zeros_like(batch), query, query - 1)
-    return not bool(torch.as_tensor(seen).all())
+def _parts(function: Callable) -> list[Callable]:
+    """The mask functions that `function` is the intersection of; itself where it is none."""
+    if getattr(function, "__code__", None) is not _INTERSECTION:
+        return [function]
+    return [part for f in inspect.getclosurevars(function).nonlocals["mask_functions"] for part in _parts(f)]
