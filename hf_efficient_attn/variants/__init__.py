@@ -2,6 +2,7 @@
 
 from . import (
     block,
+    strided,
     flash,
     sliding_window,
     topk_blocks,
