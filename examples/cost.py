@@ -77,6 +77,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     from examples.models import add_lora, fit_positions, install, open_base
     from examples.objective import Objective
+    from examples.training import adamw
     from hf_efficient_attn.measuring import measure_model
 
     device = torch.device(job["device"])
@@ -107,7 +108,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         whole,
         batch,
         loss=lambda: objective(batch)["loss"],
-        optimizer=torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-6),
+        optimizer=adamw([p for p in whole.parameters() if p.requires_grad], 1e-6),
         autocast=autocast,
         repeats=job["repeats"],
         decodes=job["task"] == "causal-lm",

