@@ -20,9 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 @dataclass(frozen=True)
 class TimeRatio:
-    """`seconds` and `baseline_seconds` are medians of `repeats` interleaved calls; `ratio` is the first over the second."""
+    """
+    `seconds` and `baseline_seconds` are medians of `repeats` interleaved calls; `ratio` is the first over the second, `low`
+    and `high` the 20th and 80th percentile of the ratios of neighbouring calls.
+    """
 
     ratio: float
+    low: float
+    high: float
     seconds: float
     baseline_seconds: float
     repeats: int
@@ -119,8 +124,10 @@ def time_ratio(
     fn()
     baseline()
     pairs = [(_seconds(fn, device), _seconds(baseline, device)) for _ in range(repeats)]
-    own, other = (statistics.median(times) for times in zip(*pairs))
-    return TimeRatio(own / other, own, other, repeats)
+    own, other = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratios = sorted(a / b for a, b in pairs)
+    low, high = (ratios[round(share * (repeats - 1))] for share in (0.2, 0.8))
+    return TimeRatio(own / other, low, high, own, other, repeats)
 
 
 def median_time(fn: Callable[[], Any], repeats: int = 3, device: torch.device | str = "cpu") -> float:
