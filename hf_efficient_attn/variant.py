@@ -161,11 +161,17 @@ class EfficientAttention(nn.Module):
             lengths = rows.lengths
             query, key, value = rows.compact(query), rows.compact(key), rows.compact(value)
             hidden = None if hidden is None else rows.compact(hidden)
-        shared = {"scaling": scaling, "dropout": dropout, "causal": causal}
-        attend = self._decoder_dense_below if causal else self._encoder_dense_below
-        if self.config.dense_below == 0:
-            attend = self.attend
-        output = attend(query, key, value, lengths=lengths, state=state, hidden=hidden, **shared)
+        output = self.attend_from_below(
+            query,
+            key,
+            value,
+            lengths=lengths,
+            scaling=scaling,
+            dropout=dropout,
+            causal=causal,
+            state=state,
+            hidden=hidden,
+        )
         if state is not None:
             state.commit(None if rows is None else rows.real, batch, n)
         return output if rows is None else rows.restore(output)
@@ -174,6 +180,13 @@ class EfficientAttention(nn.Module):
         call, state.pending = state.pending, None
         rows = Rows.of(call.get("real"))
         self._on_rows(call["query"], call["key"], call["value"], rows, scaling, 0.0, True, state, call.get("hidden"))
+
+    def attend_from_below(self, query, key, value, *, causal, **rest) -> Tensor:
+        """As `attend`, with what lies below `dense_below` attended exactly."""
+        if self.config.dense_below == 0:
+            return self.attend(query, key, value, causal=causal, **rest)
+        below = self._decoder_dense_below if causal else self._encoder_dense_below
+        return below(query, key, value, causal=causal, **rest)
 
     def _encoder_dense_below(self, query, key, value, *, lengths, hidden, state, **shared) -> Tensor:
         """Rows of fewer than `dense_below` real tokens attend exactly."""

@@ -5,6 +5,7 @@ from . import (
     strided,
     flash,
     sliding_window,
+    combined,
     topk_blocks,
     linear,
     performer,

@@ -70,6 +70,7 @@ class StridedAttention(EfficientAttention):
     """
 
     config_class = StridedConfig
+    linear_cost = False
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden=None) -> Tensor:
         stride, n = self.config.stride, query.shape[2]

@@ -90,6 +90,7 @@ class TopkBlocksAttention(EfficientAttention):
     """`topk_blocks`. L is N and the slots that complete the first and the last block."""
 
     config_class = TopkBlocksConfig
+    linear_cost = False
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden=None) -> Tensor:
         size, n = self.config.block_size, query.shape[2]
