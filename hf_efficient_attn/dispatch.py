@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
 from .hosts import arguments, cache_argument, hands_on_kwargs, hidden_input, other_source, own_terms
-from .masking import HIDES, AttentionMask, efficient_attention_mask
+from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding
+from .ops.rows import Rows
 from .variant import EfficientAttention
 
 NAME = "efficient_attention"
@@ -92,6 +93,8 @@ def efficient_attention_forward(
                 _refuses(variant, f"the mask covers {attention_mask.length} tokens, the layer has {tokens}")
             )
         rows = attention_mask.rows()
+    elif attention_mask is not None and not causal and (padding := key_padding(attention_mask)) is not None:
+        rows = Rows.of(padding)
     elif attention_mask is not None:
         raise ValueError(_refuses(variant, f"a {attention_mask.ndim}-D mask {tuple(attention_mask.shape)} is given"))
     for name in (*REFUSED_ARGUMENTS, *own_terms(type(module).dense_class)):

@@ -59,9 +59,14 @@ class AttentionMask:
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
         self.causal, self.custom = self._read(arguments["mask_function"])
         self.padding = None
-        if arguments.get("attention_mask") is not None:
+        given = arguments.get("attention_mask")
+        if given is not None:
+            if given.ndim != 2:
+                raise ValueError(
+                    f"attention_mask has the shape {tuple(given.shape)}; a patched model takes (batch, tokens), True = keep."
+                )
             kv_offset, kv_length = int(arguments["kv_offset"]), int(arguments["kv_length"])
-            padding = prepare_padding_mask(arguments["attention_mask"], kv_length, kv_offset)
+            padding = prepare_padding_mask(given, kv_length, kv_offset)
             self.padding = padding[:, kv_offset : kv_offset + kv_length].bool()
 
     @property
@@ -140,6 +145,20 @@ def efficient_attention_mask(*, mask_function: Callable = causal_mask_function, 
     if isinstance(arguments.get("attention_mask"), AttentionMask):
         return arguments["attention_mask"]
     return AttentionMask({"mask_function": mask_function, "kv_offset": 0, "q_offset": 0, **arguments})
+
+
+def key_padding(mask: Tensor) -> Tensor | None:
+    """
+    (B, M) bool, True = keep, of a 4-D mask (B, 1, 1, M) that hides the same keys from all queries, as older encoders make
+    it; None where the mask says more than that. A float mask is 0 where a key is seen and hugely negative elsewhere.
+    """
+    if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        return None
+    row = mask[:, 0, 0]
+    if row.dtype == torch.bool:
+        return row
+    keep = row == 0
+    return keep if row.is_floating_point() and bool((keep | (row < -1e4)).all()) else None
 
 
 def _parts(function: Callable) -> list[Callable]:
