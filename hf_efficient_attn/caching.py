@@ -202,7 +202,7 @@ class AttentionState(Node, CacheLayerMixin):
         self.owner: dict | None = None  # the config of the variant that fills this state
         self.expected = False  # the patched layer that owns this state is in its forward
         self.record_past = False
-        self.record: dict | None = None  # the state before the latest call, and that call's inputs
+        self.records: list[dict] = []  # of each call since the latest `crop`: the state before it, and its inputs
         self.pending: dict | None = None  # a call's inputs to be read again before the next call
 
     # What Transformers asks of a cache layer
@@ -255,7 +255,7 @@ class AttentionState(Node, CacheLayerMixin):
         self.map_tensors(lambda x: x[indices.to(x.device)])
 
     def activate_past_recording(self) -> None:
-        """From now on the latest call can be taken back, in whole or in part, by `crop`."""
+        """From now on the calls since the latest `crop` can be taken back, in whole or in part, by the next one."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -268,11 +268,12 @@ class AttentionState(Node, CacheLayerMixin):
         """
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if remove == 0:
-            self.record = None
+            self.records = []
             return
         keep = self.seen - remove
-        if self.record is not None and keep >= self.record["seen"]:
-            record, self.record = self.record, None
+        record = next((record for record in reversed(self.records) if record["seen"] <= keep), None)
+        self.records = []
+        if record is not None:
             taken = keep - record["seen"]
             self.restore(record["entries"])
             self.seen, self.count, self.real, self.pending = record["seen"], record["count"], record["real"], None
@@ -297,11 +298,13 @@ class AttentionState(Node, CacheLayerMixin):
 
     def begin(self, call: dict[str, Tensor]) -> None:
         """Before a call's tokens are read: `call` holds its inputs, tokens on the last axis but one."""
-        if self.record_past:
-            n = call["key"].shape[-2]
-            self.record = {
-                "entries": self.snapshot(), "seen": self.seen - n, "count": self.count, "real": self.real, "call": call,
-            }  # fmt: skip
+        if not self.record_past:
+            self.records = []
+            return
+        n = call["key"].shape[-2]
+        self.records.append(
+            {"entries": self.snapshot(), "seen": self.seen - n, "count": self.count, "real": self.real, "call": call}
+        )
 
     def commit(self, real: Tensor | None, batch: int, length: int) -> None:
         """After a call's tokens were read: `real` (B, N) bool as the call gave it, or None where all are real."""
@@ -323,8 +326,7 @@ class AttentionState(Node, CacheLayerMixin):
                 setattr(self, owner, function(getattr(self, owner)))
         if self.pending is not None:
             self.pending = {name: function(x) for name, x in self.pending.items()}
-        if self.record is not None:
-            self.record = None  # rows moved: the recorded call no longer fits
+        self.records = []  # rows moved: what was recorded no longer fits
 
     def store(self, name: str, factory: Callable[[], Node] = TokenStore) -> Node:
         """The node called `name`, made on first use."""

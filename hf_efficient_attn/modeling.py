@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .dispatch import CHILD, NAME
+from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .swapping import plan, revert_layers, swap_layers
 
 PREFIX = "efficient_"
@@ -34,7 +34,20 @@ class EfficientConfigMixin:
     dense_class: type[PreTrainedConfig]
 
 
-class EfficientModelMixin:
+class StateMixin:
+    """`generate` on a patched model: its layers take their places in the cache before anything is asked of the cache."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        for module in self.modules():
+            if isinstance(module, PatchedForward) and module.efficient_attn.host.causal:
+                layer_state(module, cache)
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
+
+
+class EfficientModelMixin(StateMixin):
     """A model whose layers are patched as soon as it is built from an `Efficient...Config`."""
 
     dense_class: type[PreTrainedModel]
@@ -74,7 +87,7 @@ class EfficientModelMixin:
 _FAULTS = ("missing_keys", "mismatched_keys", "unexpected_keys")
 
 
-class ForeignModelMixin:
+class ForeignModelMixin(StateMixin):
     """A patched model of code outside Transformers: it runs and trains, but the Auto classes could not load it."""
 
     dense_class: type[PreTrainedModel]

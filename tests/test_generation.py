@@ -1,0 +1,225 @@
+"""Text from patched decoders: with a cache as without, in batches, beams, turns, and with an assistant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from zoo import PAD, ZOO
+
+from hf_efficient_attn import patch_model, patched
+
+DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen3", "gemma2_nocap", "phi3")
+VARIANTS = {
+    "flash": {},
+    "block": {"block_size": 6, "num_sinks": 2},
+    "sliding_window": {"window": 4, "num_sinks": 2},
+    "transformer_xl": {"segment_size": 5, "memory_size": 4, "num_sinks": 1},
+    "topk_blocks": {"block_size": 4, "top_k": 2},
+    "linformer": {"rank": 4},
+}
+SPARSE = ("sliding_window", {"window": 4, "num_sinks": 2})
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+
+
+def patched_decoder(name: str, variant: str = SPARSE[0], **hyper: Any) -> PreTrainedModel:
+    return patch_model(ZOO[name].build(), variant, **(hyper or VARIANTS[variant]))
+
+
+def generated(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """The new tokens alone."""
+    length = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return model.generate(**inputs, **{**GREEDY, **options})[:, length:]
+
+
+def row(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One text of a left-padded batch, without its padding."""
+    keep = inputs["attention_mask"][index].bool()
+    return {name: x[index : index + 1, keep] for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_greedy_with_the_cache_equals_without(name: str, variant: str):
+    model, inputs = patched_decoder(name, variant), ZOO[name].inputs(length=13, pad="left")
+    with_cache = generated(model, inputs)
+    assert torch.equal(with_cache, generated(model, inputs, use_cache=False))
+    assert with_cache.shape == (2, 12)
+    if variant != "flash":
+        assert not torch.equal(with_cache, generated(ZOO[name].build(), inputs))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_generates_with_the_cache_as_without(name: str):
+    model, inputs = patched_decoder(name), ZOO[name].inputs(length=13, pad="left")
+    assert torch.equal(generated(model, inputs), generated(model, inputs, use_cache=False))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padded_batch_equals_each_text_alone(variant: str):
+    model, inputs = patched_decoder("llama", variant), ZOO["llama"].inputs(batch=4, length=13, pad="left")
+    together = generated(model, inputs)
+    for index in range(4):
+        assert torch.equal(together[index : index + 1], generated(model, row(inputs, index))), index
+    assert len({tuple(text.tolist()) for text in together}) == 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_beams(variant: str):
+    model, inputs = patched_decoder("llama", variant), ZOO["llama"].inputs(length=13, pad="left")
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    beams = generated(model, inputs, **options)
+    assert torch.equal(beams, generated(model, inputs, **options, use_cache=False))
+    assert beams.shape[0] == 4
+    assert not torch.equal(beams[::2], generated(model, inputs))
+
+
+def test_sampling_with_a_seed():
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(length=13, pad="left")
+    texts = []
+    for seed, use_cache in ((0, True), (0, False), (1, True)):
+        torch.manual_seed(seed)
+        texts.append(generated(model, inputs, do_sample=True, num_return_sequences=2, use_cache=use_cache))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("assistant", ["dense", "patched"])
+def test_assisted_decoding_equals_greedy(variant: str, assistant: str, deprecations: Any):
+    """The assistant's guesses are read in one forward, and the wrong ones are taken back."""
+    model, inputs = patched_decoder("llama", variant), ZOO["llama"].inputs(batch=1, length=13)
+    helper = ZOO["llama"].build(seed=0 if assistant == "dense" else 1)
+    if assistant == "patched":
+        patch_model(helper, "sliding_window", window=3)
+    alone = generated(model, inputs)
+    assert torch.equal(generated(model, inputs, assistant_model=helper), alone)
+    deprecations.messages.clear()  # how Transformers calls the assistant
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prompt_lookup_equals_greedy(variant: str):
+    model = patched_decoder("llama", variant)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(generated(model, inputs, prompt_lookup_num_tokens=3), generated(model, inputs))
+
+
+def test_dense_model_with_a_patched_assistant():
+    model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs(batch=1, length=13)
+    assert torch.equal(generated(model, inputs, assistant_model=patched_decoder("llama")), generated(model, inputs))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_cache_of_the_user(with_config: bool):
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(batch=2, length=13)
+    cache = DynamicCache(config=model.config) if with_config else DynamicCache()
+    assert torch.equal(generated(model, inputs, past_key_values=cache), generated(model, inputs))
+    assert cache.get_seq_length() == 13 + 11
+    assert [type(layer).__name__ for layer in cache.layers] == ["AttentionState"] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_several_turns_with_one_cache(variant: str):
+    """Each turn reads what is new; the text is that of reading the whole conversation from the start."""
+    model = patched_decoder("llama", variant)
+    cache, text = DynamicCache(), ZOO["llama"].inputs(batch=1, length=9)["input_ids"]
+    for turn in range(3):
+        whole = generated(model, {"input_ids": text, "attention_mask": torch.ones_like(text)}, use_cache=False)
+        mask = torch.ones_like(text)
+        text = model.generate(input_ids=text, attention_mask=mask, past_key_values=cache, **GREEDY)
+        assert torch.equal(text[:, -12:], whole), turn
+        text = torch.cat([text, ZOO["llama"].inputs(batch=1, length=5, seed=turn + 1)["input_ids"]], 1)
+
+
+@torch.no_grad()
+def test_one_long_prompt_read_in_pieces():
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(batch=1, length=40)
+    ids = inputs["input_ids"]
+    whole = model(ids).logits
+    cache, pieces = DynamicCache(), []
+    for begin, end in ((0, 17), (17, 18), (18, 33), (33, 40)):
+        pieces.append(model(ids[:, begin:end], past_key_values=cache).logits)
+    assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-4
+
+
+def test_prefill_in_chunks():
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(batch=1, length=40)
+    assert torch.equal(generated(model, inputs, prefill_chunk_size=16), generated(model, inputs))
+
+
+@torch.no_grad()
+def test_state_of_constant_size():
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(batch=1, length=200)
+    sizes = []
+    for length in (50, 100, 200):
+        cache = DynamicCache()
+        model(inputs["input_ids"][:, :length], past_key_values=cache)
+        model(inputs["input_ids"][:, :1], past_key_values=cache)
+        sizes.append(sum(layer.nbytes for layer in cache.layers))
+    assert sizes[0] == sizes[1] == sizes[2] > 0
+
+
+def test_mixture_of_dense_and_patched_layers():
+    inputs = ZOO["llama"].inputs(batch=3, length=13, pad="left")
+    for layers in ([0], [1]):
+        model = patch_model(ZOO["llama"].build(), *SPARSE[:1], layers=layers, **SPARSE[1])
+        together = generated(model, inputs)
+        assert torch.equal(together, generated(model, inputs, use_cache=False))
+        assert torch.equal(
+            generated(model, inputs, num_beams=3), generated(model, inputs, num_beams=3, use_cache=False)
+        )
+        assert torch.equal(together[1:2], generated(model, row(inputs, 1)))
+        alone = row(inputs, 0)
+        helped = generated(model, alone, assistant_model=ZOO["llama"].build())
+        assert torch.equal(helped, generated(model, alone))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_encoder_decoder(variant: str):
+    tiny = ZOO["bart"]
+    inputs = {k: v for k, v in tiny.inputs(length=13, pad="right").items() if not k.startswith("decoder_")}
+    model = patch_model(tiny.build(), variant, **VARIANTS[variant])
+    greedy = generated(model, inputs)
+    assert torch.equal(greedy, generated(model, inputs, use_cache=False))
+    beams = generated(model, inputs, num_beams=3)
+    assert torch.equal(beams, generated(model, inputs, num_beams=3, use_cache=False))
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert torch.equal(generated(model, inputs, past_key_values=cache), greedy)
+    assert {type(layer).__name__ for layer in cache.self_attention_cache.layers} == {"AttentionState"}
+    assert {type(layer).__name__ for layer in cache.cross_attention_cache.layers} == {"DynamicLayer"}
+
+
+def test_dense_again_after_generation():
+    model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs(length=13, pad="left")
+    dense = generated(model, inputs)
+    with patched(model, SPARSE[0], **SPARSE[1]):
+        assert not torch.equal(generated(model, inputs), dense)
+    assert torch.equal(generated(model, inputs), dense)
+
+
+def test_scores_and_hidden_states_are_returned():
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(length=13)
+    result = model.generate(
+        **inputs, **GREEDY, return_dict_in_generate=True, output_scores=True, output_hidden_states=True
+    )
+    assert torch.equal(torch.stack(result.scores, 1).argmax(-1), result.sequences[:, 13:])
+    assert result.hidden_states[0][1].shape == (2, 13, 32)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_attentions=True)
+
+
+def test_padding_tokens_of_finished_texts_do_not_matter():
+    """A text that has ended is filled up while the others go on."""
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(batch=4, length=13, pad="left")
+    endless = generated(model, inputs)
+    end = int(endless[1, 3])
+    stopped = generated(model, inputs, eos_token_id=end, min_new_tokens=0)
+    for index in range(4):
+        text = endless[index].tolist()
+        length = text.index(end) + 1 if end in text else 12
+        expected = text[:length] + [PAD] * (stopped.shape[1] - length)
+        assert stopped[index].tolist() == expected[: stopped.shape[1]]
