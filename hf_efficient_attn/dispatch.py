@@ -92,7 +92,7 @@ def efficient_attention_forward(
             raise ValueError(
                 _refuses(variant, f"the mask covers {attention_mask.length} tokens, the layer has {tokens}")
             )
-        rows = attention_mask.rows()
+        rows = attention_mask.rows(query.shape[2])
     elif attention_mask is not None and not causal and (padding := key_padding(attention_mask)) is not None:
         rows = Rows.of(padding)
     elif attention_mask is not None:

@@ -131,7 +131,7 @@ def _shape(model: nn.Module, name: str, module: nn.Module, index: int, count: in
         kv_heads = heads // groups if heads and groups else heads
     width = _first_int(module, "embed_dim", "hidden_size", "all_head_size", "inner_dim", "dim")
     width = width or _first_int(config, "hidden_size", "d_model")
-    head_dim = _first_int(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+    head_dim = _first_int(module, "qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
     head_dim = head_dim or _first_int(config, "head_dim") or (width // heads if width and heads else 0)
     return HostShape(
         num_heads=heads or 0,

@@ -53,8 +53,7 @@ class AttentionMask:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._dense: dict[str, Tensor | None] = {}
-        self._rows: Rows | None = None
-        self._rows_made = False
+        self._rows: dict[int, Rows | None] = {}
         self.query_length = int(arguments["q_length"])
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
         self.causal, self.custom = self._read(arguments["mask_function"])
@@ -79,6 +78,9 @@ class AttentionMask:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{FOREIGN_USE} (it asked for .{name})" if name[:1] != "_" else name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(f"{FOREIGN_USE} (it took a part of it)")
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -123,12 +125,11 @@ class AttentionMask:
             "cache_implementation, or give an empty DynamicCache."
         )
 
-    def rows(self) -> Rows | None:
-        """The real tokens among the call's own (the last N columns); made once and shared by all layers."""
-        if not self._rows_made:
-            self._rows = None if self.padding is None else Rows.of(self.padding[:, -self.query_length :])
-            self._rows_made = True
-        return self._rows
+    def rows(self, tokens: int) -> Rows | None:
+        """The real ones among a call's own tokens, the last columns; made once and shared by all layers."""
+        if tokens not in self._rows:
+            self._rows[tokens] = None if self.padding is None else Rows.of(self.padding[:, -tokens:])
+        return self._rows[tokens]
 
     def dense(self, implementation: str) -> Tensor | None:
         """The mask that the attention function `implementation` of Transformers expects."""
@@ -158,7 +159,7 @@ def key_padding(mask: Tensor) -> Tensor | None:
     if row.dtype == torch.bool:
         return row
     keep = row == 0
-    return keep if row.is_floating_point() and bool((keep | (row < -1e4)).all()) else None
+    return keep if row.is_floating_point() and bool((keep | (row <= -1e4)).all()) else None
 
 
 def _parts(function: Callable) -> list[Callable]:

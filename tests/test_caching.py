@@ -1,0 +1,170 @@
+"""What Transformers does to a cache, done to one that holds the states of patched layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from zoo import ZOO
+
+from hf_efficient_attn import patch_model
+from hf_efficient_attn.caching import AttentionState
+
+VARIANTS = {
+    "flash": {},
+    "block": {"block_size": 5, "num_sinks": 1},
+    "sliding_window": {"window": 4, "num_sinks": 2},
+    "transformer_xl": {"segment_size": 5, "memory_size": 4, "num_sinks": 1},
+}
+SPLIT = 7
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def decoder(variant: str, name: str = "llama") -> PreTrainedModel:
+    return patch_model(ZOO[name].build(), variant, **VARIANTS[variant])
+
+
+def text() -> tuple[Tensor, Tensor]:
+    """Ids and mask (3, 13); two rows are left-padded."""
+    inputs = ZOO["llama"].inputs(batch=3, length=13, pad="left")
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+@torch.no_grad()
+def filled(model: PreTrainedModel) -> DynamicCache:
+    cache, (ids, mask) = DynamicCache(), text()
+    model(ids[:, :SPLIT], attention_mask=mask[:, :SPLIT], past_key_values=cache)
+    return cache
+
+
+@torch.no_grad()
+def rest(model: PreTrainedModel, cache: DynamicCache, rows: Tensor | None = None) -> Tensor:
+    """The logits of the tokens after SPLIT, of these rows of the text."""
+    ids, mask = (x if rows is None else x[rows] for x in text())
+    return model(ids[:, SPLIT:], attention_mask=mask, past_key_values=cache).logits
+
+
+def assert_close(x: Tensor, y: Tensor) -> None:
+    assert x.shape == y.shape
+    assert (x - y).abs().max() < 1e-5
+
+
+@each_variant
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    ],
+    ids=["reorder", "repeat", "select"],
+)
+def test_rows_of_a_cache(variant: str, change, rows: list[int]):
+    model = decoder(variant)
+    expected = rest(model, filled(model))
+    cache = filled(model)
+    change(cache)
+    assert_close(rest(model, cache, torch.tensor(rows)), expected[rows])
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+@each_variant
+def test_reset_empties(variant: str):
+    model = decoder(variant)
+    cache, (ids, mask) = filled(model), text()
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()], expected)
+
+
+@each_variant
+def test_a_copied_cache_goes_its_own_way(variant: str):
+    model = decoder(variant)
+    cache = filled(model)
+    other = copy.deepcopy(cache)
+    first = rest(model, cache)
+    assert cache.get_seq_length() == 13
+    assert other.get_seq_length() == SPLIT
+    assert_close(rest(model, other), first)
+
+
+@each_variant
+@pytest.mark.parametrize("remove", [1, 3, 6])
+def test_the_latest_call_can_be_taken_back(variant: str, remove: int):
+    model = decoder(variant)
+    expected = rest(model, filled(model))
+    cache = filled(model)
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    rest(model, cache)
+    cache.crop(-remove)
+    assert cache.get_seq_length() == 13 - remove
+    ids, mask = text()
+    with torch.no_grad():
+        again = model(ids[:, 13 - remove :], attention_mask=mask, past_key_values=cache).logits
+    assert_close(again, expected[:, 6 - remove :])
+
+
+def test_what_a_constant_state_let_go_of_cannot_come_back():
+    cache = filled(decoder("sliding_window"))
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-2)
+    cache = filled(decoder("flash"))
+    cache.crop(-2)
+    assert cache.get_seq_length() == SPLIT - 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2_nocap", "qwen3"])
+def test_a_cache_made_for_the_config(name: str):
+    """Layers that Transformers makes for the architecture's own windows are replaced as well."""
+    model = decoder("sliding_window", name)
+    ids, mask = text()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :SPLIT], attention_mask=mask[:, :SPLIT], past_key_values=cache)
+        later = model(ids[:, SPLIT:], attention_mask=mask, past_key_values=cache).logits
+        expected = model(ids, attention_mask=mask, use_cache=False).logits[:, SPLIT:]
+    assert all(isinstance(layer, AttentionState) for layer in cache.layers)
+    assert_close(later, expected)
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded_static"])
+def test_a_cache_of_fixed_size_is_refused(implementation: str):
+    model, (ids, mask) = decoder("sliding_window"), text()
+    with pytest.raises(ValueError, match="decoder state of"):
+        model.generate(ids, attention_mask=mask, cache_implementation=implementation, max_new_tokens=3)
+    with pytest.raises(ValueError, match="holds 0 tokens in a StaticLayer"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+
+
+def test_a_layer_that_attends_twice_per_call_is_refused_with_a_cache():
+    """DiffLlama asks for two outputs of the same keys; a state would count the tokens twice."""
+    import architectures
+
+    model = patch_model(architectures.build("diffllama"), "flash")
+    ids, _ = text()
+    assert model(ids, use_cache=False).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match="several times per call"):
+        model(ids, use_cache=True)
+
+
+def test_a_layer_that_stores_its_keys_elsewhere_is_refused_with_a_cache():
+    """HRM runs one layer several times and gives each run a place of its own in the cache."""
+    import architectures
+
+    model = patch_model(architectures.build("hrm_text"), "flash")
+    ids, _ = text()
+    assert model(ids, use_cache=False).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match="another layer's place"):
+        model(ids, use_cache=True)
+
+
+def test_a_state_shows_no_keys_to_those_who_look():
+    cache = filled(decoder("flash"))
+    assert cache.layers[0].keys.shape == (3, 2, 0, 8)
+    assert cache.layers[0].nbytes > 0
