@@ -53,7 +53,7 @@ class AttentionMask:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._dense: dict[str, Tensor | None] = {}
-        self._rows: dict[int, Rows | None] = {}
+        self._rows: tuple[int, Rows | None] | None = None
         self.query_length = int(arguments["q_length"])
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
         self.causal, self.custom = self._read(arguments["mask_function"])
@@ -127,9 +127,9 @@ class AttentionMask:
 
     def rows(self, tokens: int) -> Rows | None:
         """The real ones among a call's own tokens, the last columns; made once and shared by all layers."""
-        if tokens not in self._rows:
-            self._rows[tokens] = None if self.padding is None else Rows.of(self.padding[:, -tokens:])
-        return self._rows[tokens]
+        if self._rows is None or self._rows[0] != tokens:
+            self._rows = tokens, None if self.padding is None else Rows.of(self.padding[:, -tokens:])
+        return self._rows[1]
 
     def dense(self, implementation: str) -> Tensor | None:
         """The mask that the attention function `implementation` of Transformers expects."""
