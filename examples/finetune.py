@@ -2,11 +2,13 @@
 What does another attention cost a pretrained model, and what does it save?
 
     python examples/finetune.py --preset demo
-    python examples/finetune.py --model bert-base-uncased --dataset imdb --variants sliding_window linformer --max-length 512
-    accelerate launch examples/finetune.py --model smollm2 --task causal-lm --variants variants.yaml --max-length 2048
+    python examples/finetune.py --model bert-base-uncased --dataset imdb --variants sliding_window linformer
+    --max-length 512 accelerate launch examples/finetune.py --model smollm2 --task causal-lm --variants variants.yaml
+    --max-length 2048
 
-Every variant is put into the same pretrained model, evaluated, fine-tuned with the same seed, steps and data as the dense model, and evaluated
-again; its memory and time are measured in a process of its own. examples/README.md documents the output.
+Every variant is put into the same pretrained model, evaluated, fine-tuned with the same seed, steps and data as the
+dense model, and evaluated again; its memory and time are measured in a process of its own. examples/README.md
+documents the output.
 """
 
 from __future__ import annotations

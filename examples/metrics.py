@@ -1,8 +1,9 @@
 """
 How good are the predictions? `evaluate.Metric` classes that need no network, unlike those `evaluate.load` fetches.
 
-Classification takes predicted and true classes. Language modelling takes, for each text, the sum of -ln p over its predicted tokens and
-what that sum is divided by: the number of those tokens (perplexity) or of their bytes in UTF-8 (bits per byte).
+Classification takes predicted and true classes. Language modelling takes, for each text, the sum of -ln p over its
+predicted tokens and what that sum is divided by: the number of those tokens (perplexity) or of their bytes in UTF-8
+(bits per byte).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Accuracy(_Classification):
     formula = "mean(prediction == reference)"
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        right = sum(int(a) == int(b) for a, b in zip(predictions, references))
+        right = sum(int(a) == int(b) for a, b in zip(predictions, references, strict=True))
         return {"accuracy": right / len(references)}
 
 

@@ -1,8 +1,8 @@
 """
 Which model does a run train? The same base for all runs, with the run's variant or control put in.
 
-The base (pretrained weights, a new head, positions extended if asked) is made once and saved; every run and every measuring process loads those
-bytes, so that runs differ in nothing but their attention.
+The base (pretrained weights, a new head, positions extended if asked) is made once and saved; every run and every
+measuring process loads those bytes, so that runs differ in nothing but their attention.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def fit_positions(
     if not extend:
         raise ValueError(
             f"max_length = {max_length} is beyond the {limit} positions of this {model.config.model_type} model: "
-            f"choose a smaller --max-length, or add --extend-positions (hf_efficient_attn.extend_positions repeats learned positions)."
+            "choose a smaller --max-length, or add --extend-positions (hf_efficient_attn.extend_positions repeats the "
+            "learned positions)."
         )
     extend_positions(model, max_length, tokenizer)
 
@@ -121,8 +122,8 @@ def install(model: PreTrainedModel, patch: dict[str, Any] | None, seed: int) -> 
     Puts a run's attention into a dense model, in place.
 
     Args:
-        patch: None (dense); {"zero_attention": true}; {"config": {...}, "layers": ...}; or {"mapping": {layers: {...}}}, as
-            `examples.variants` makes them.
+        patch: None (dense); {"zero_attention": true}; {"config": {...}, "layers": ...}; or {"mapping": {layers:
+            {...}}}, as `examples.variants` makes them.
         seed: for the variant's new parameters.
 
     Returns:
@@ -146,7 +147,8 @@ def add_lora(
     model: PreTrainedModel, task: str, rank: int, targets: list[str] | None, added: list[str]
 ) -> torch.nn.Module:
     """
-    LoRA by peft on a (patched) model: adapters, the new head and the variant's own parameters train, the rest is frozen.
+    LoRA by peft on a (patched) model: adapters, the new head and the variant's own parameters train, the rest is
+    frozen.
 
     Raises:
         ValueError: peft found none of the targets.

@@ -16,11 +16,11 @@ from hf_efficient_attn.losses import IGNORED, causal_lm_losses, has_plain_head
 
 class Objective(nn.Module):
     """
-    A model with its task: batch -> what training and evaluation need. Wrapped, so that the whole loss runs inside the forward
-    that data-parallel training hooks into.
+    A model with its task: batch -> what training and evaluation need. Wrapped, so that the whole loss runs inside the
+    forward that data-parallel training hooks into.
 
-    For causal language modelling the logits are never held: the loss is computed in chunks of positions, unless the model does more to its
-    logits than apply its head.
+    For causal language modelling the logits are never held: the loss is computed in chunks of positions, unless the
+    model does more to its logits than apply its head.
     """
 
     def __init__(self, model: nn.Module, task: str, chunk_size: int = 1024) -> None:
@@ -32,8 +32,8 @@ class Objective(nn.Module):
         """
         batch: `input_ids` (B, N), and by task `attention_mask`, `labels`, `n_bytes`.
 
-        Returns `loss` (a scalar) and, one value for each text: `nll` (sum of -ln p), `tokens` (what was predicted), and the
-        `prediction` and `reference` of a classification or the `n_bytes` of a text.
+        Returns `loss` (a scalar) and, one value for each text: `nll` (sum of -ln p), `tokens` (what was predicted),
+        and the `prediction` and `reference` of a classification or the `n_bytes` of a text.
         """
         if self.task == "causal-lm":
             return self._causal(batch)

@@ -20,13 +20,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="finetune.py",
-        description="Fine-tune a pretrained model with each attention variant and report quality lost against memory and time saved.",
+        description="Fine-tune a pretrained model with each attention variant; report quality lost, memory and time saved.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
         "--preset",
-        help=f"a YAML file of arguments, or one of: {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}",
+        help=f"a YAML file of arguments, or one of: {preset_names()}",
     )
 
     add = parser.add_argument_group("what").add_argument
@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--warm-start-steps",
         type=int,
         default=0,
-        help="train the dense model that many steps first and start every run from it: a new head knows nothing, and 'before' would measure that",
+        help="train the dense model that many steps first and start every run from it, so that 'before' does not measure a "
+        "head that knows nothing",
     )
     add(
         "--mixed-precision",
@@ -150,12 +151,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def preset_names() -> str:
+    """The presets that come with the program."""
+    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+
+
 def _read_preset(preset: str, parser: argparse.ArgumentParser) -> dict:
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
-        raise ValueError(
-            f"--preset {preset}: no such preset or file; presets are {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}."
-        )
+        raise ValueError(f"--preset {preset}: no such preset or file; presets are {preset_names()}.")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {action.dest for action in parser._actions}
     if not isinstance(values, dict) or values.keys() - known:

@@ -1,11 +1,13 @@
 """
-Where does a small English GPT-2 come from, when none installs as a package? It is trained here, from nothing, on Python's own documentation.
+Where does a small English GPT-2 come from, when none installs as a package? It is trained here, from nothing, on
+Python's own documentation.
 
     python examples/pretrain.py                       # into the user's cache, where --model gpt2-small finds it
     python examples/pretrain.py --output-dir gpt2-small --steps 2000
 
-The text is `examples.embedded.language_documents` (1.7 MB; its test split stays unseen), the tokenizer a byte-level BPE trained on the same text. Some
-minutes on two cores, and a language model of the kind that completes docstrings: enough to see what an attention variant loses.
+The text is `examples.embedded.language_documents` (1.7 MB; its test split stays unseen), the tokenizer a byte-level
+BPE trained on the same text. Some minutes on two cores, and a language model of the kind that completes docstrings:
+enough to see what an attention variant loses.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@ What did the variants lose and what did they save? results.json -> a table, repo
 
     python examples/report.py runs/minilm-classification-.../results.json
 
-Everything compares with the row `dense`: the same model with PyTorch's fused attention (SDPA), trained with the same seed, steps and data.
+Everything compares with the row `dense`: the same model with PyTorch's fused attention (SDPA), trained with the same
+seed, steps and data.
 """
 
 from __future__ import annotations
@@ -125,15 +126,16 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
 
 def markdown(results: dict[str, Any]) -> str:
     """report.md: the summary, what failed, what attention itself costs, and how to read it all."""
-    dataset, model = results["dataset"], results["model"]
+    dataset, model, recipe = results["dataset"], results["model"], results["recipe"]
     facts = [
-        f"`{model['name']}` ({model['class']}, {model['parameters']:,} parameters) on `{dataset['name']}`: {dataset['train_examples']:,} "
-        f"training and {dataset['eval_examples']:,} evaluation examples, {results['max_length']:,} tokens at most.",
-        f"{results['recipe']['steps']:,} steps of {results['recipe']['examples_per_step']} examples, seed {results['seed']}, {results['device']}.",
+        f"`{model['name']}` ({model['class']}, {model['parameters']:,} parameters) on `{dataset['name']}`: "
+        f"{dataset['train_examples']:,} training and {dataset['eval_examples']:,} evaluation examples, "
+        f"{results['max_length']:,} tokens at most.",
+        f"{recipe['steps']:,} steps of {recipe['examples_per_step']} examples, seed {results['seed']}, {results['device']}.",
     ]
-    if results["recipe"]["warm_start_steps"]:
+    if recipe["warm_start_steps"]:
         facts.append(
-            f"Every run starts from the dense model after {results['recipe']['warm_start_steps']} steps; 'before' is measured there."
+            f"Every run starts from the dense model after {recipe['warm_start_steps']} steps; `before` is measured there."
         )
     parts = [
         f"# {_title(results)}",
@@ -142,8 +144,8 @@ def markdown(results: dict[str, Any]) -> str:
         "\n".join(f"- {sentence}" for sentence in _failures(results)),
         "![quality lost against memory saved](pareto.png)" if _points(results, "train_step", "peak_bytes") else "",
         "## What attention itself costs",
-        "Of each figure the part that disappears when attention returns zeros. Working memory is what a step holds above weights and "
-        "optimizer state: activations, gradients, temporaries.",
+        "Of each figure the part that disappears when attention returns zeros. Working memory is what a step holds above "
+        "weights and optimizer state: activations, gradients, temporaries.",
         _markdown_table(*_attention_table(results)),
         "## How to read this",
         _reading(results),
@@ -168,7 +170,7 @@ def plot(results: dict[str, Any], path: Path) -> bool:
         return False
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     marks = {"dense": ("s", "black"), "variant": ("o", "tab:blue"), "control": ("x", "tab:gray")}
-    for axis, (key, name) in zip(axes, panels):
+    for axis, (key, name) in zip(axes, panels, strict=True):
         for row, x, y in _points(results, "train_step", key):
             marker, color = marks[row["kind"]]
             axis.scatter(x, y, marker=marker, color=color)
@@ -265,11 +267,12 @@ def _attention_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]
 def _reading(results: dict[str, Any]) -> str:
     items = [
         "`dense` is PyTorch's fused attention, `dense (eager)` the N x N form; memory and time saved are against `dense`.",
-        "`before` is the pretrained model with the attention swapped, `after` is fine-tuned with the same seed, steps and data as dense. "
-        "`dense` before is the control of a model left alone.",
-        "`zero attention` returns zeros instead of attention: a variant that is no better has learned nothing from its attention. "
+        "`before` is the pretrained model with the attention swapped, `after` is fine-tuned with the same seed, steps and "
+        "data as dense. `dense` before is the control of a model left alone.",
+        "`zero attention` returns zeros instead of attention: a variant that is no better gains nothing from its attention. "
         "`...: window only` is a hybrid without all but its window.",
-        "Train MiB is the peak of one training step with weights, gradients and optimizer state, measured in a process of its own on full-length texts.",
+        "Train MiB is the peak of one training step with weights, gradients and optimizer state, measured in a process of "
+        "its own on full-length texts.",
     ]
     dense = (by_label(results)["dense"]["after"] or {}).get("accuracy")
     if dense is not None:

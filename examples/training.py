@@ -1,8 +1,9 @@
 """
 How is one run trained and evaluated? An Accelerate loop that goes on, bit for bit, from where a checkpoint left it.
 
-Nothing about a step depends on how it was reached: the data of step s follow from the seed (`examples.data.Schedule`), the learning rate from s,
-and the rest (weights, optimizer, random states, loss scale) is in the checkpoint.
+Nothing about a step depends on how it was reached: the data of step s follow from the seed
+(`examples.data.Schedule`), the learning rate from s, and the rest (weights, optimizer, random states, loss scale) is
+in the checkpoint.
 """
 
 from __future__ import annotations

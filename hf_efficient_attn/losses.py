@@ -1,10 +1,10 @@
 """
 The loss of a causal language model without its logits: cross-entropy in chunks of positions.
 
-For T positions of width E and a vocabulary of V, the logits, their float32 copy and their gradient are three tensors of T x V, and
-for long texts they are most of a training step's memory (8,192 x 49,152 in float32: 1.6 GB each). Here
-nll_t = logsumexp_v(h_t W_v) - h_t W_{y_t} is computed for `chunk_size` positions at a time and each chunk's logits are recomputed in
-the backward pass: memory chunk_size x V, one more product with the head.
+For T positions of width E and a vocabulary of V, the logits, their float32 copy and their gradient are three tensors
+of T x V, and for long texts they are most of a training step's memory (8,192 x 49,152 in float32: 1.6 GB each). Here
+nll_t = logsumexp_v(h_t W_v) - h_t W_{y_t} is computed for `chunk_size` positions at a time and each chunk's logits
+are recomputed in the backward pass: memory chunk_size x V, one more product with the head.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def chunked_cross_entropy(
     def loss(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return cross_entropy(head(part).float(), target, reduction="none", ignore_index=IGNORED)
 
-    parts = zip(hidden.split(chunk_size), labels.split(chunk_size))
+    parts = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
     return torch.cat([checkpoint(loss, part, target, use_reentrant=False) for part, target in parts])
 
 
@@ -53,9 +53,11 @@ def causal_lm_losses(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, chunk_size: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The negative log-likelihood of every token given those before it, by a Transformers model for causal language modelling.
+    The negative log-likelihood of every token given those before it, by a Transformers model for causal language
+    modelling.
 
-    The body's last hidden state goes through the output embedding in chunks; `has_plain_head` says whether that is all this model does.
+    The body's last hidden state goes through the output embedding in chunks; `has_plain_head` says whether that is
+    all this model does.
 
     Args:
         input_ids: (B, N).
@@ -81,7 +83,8 @@ def has_plain_head(model: nn.Module, input_ids: torch.Tensor, tokens: int = 16) 
     """
     Whether the logits of this model are its output embedding applied to its body's last hidden state.
 
-    Tried on a few tokens rather than looked up: some models cap or scale the logits, and for those the chunked loss would be wrong.
+    Tried on a few tokens rather than looked up: some models cap or scale the logits, and for those the chunked loss
+    would be wrong.
     """
     if model.get_output_embeddings() is None or model.base_model is model:
         return False

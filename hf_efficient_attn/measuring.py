@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 @dataclass(frozen=True)
 class TimeRatio:
     """
-    `seconds` and `baseline_seconds` are medians of `repeats` interleaved calls; `ratio` is the first over the second, `low`
-    and `high` the 20th and 80th percentile of the ratios of neighbouring calls.
+    `seconds` and `baseline_seconds` are medians of `repeats` interleaved calls; `ratio` is the first over the second,
+    `low` and `high` the 20th and 80th percentile of the ratios of neighbouring calls.
     """
 
     ratio: float
@@ -102,8 +102,8 @@ def count_flops(fn: Callable[[], Any]) -> int:
     """
     Floating-point operations of `fn()`, forward and backward: matrix products, convolutions and attention kernels.
 
-    A multiply-add is two; element-wise work is not counted. A fused attention kernel counts all queries x keys also where it
-    is causal, as `torch.utils.flop_counter` does for all its kernels.
+    A multiply-add is two; element-wise work is not counted. A fused attention kernel counts all queries x keys also
+    where it is causal, as `torch.utils.flop_counter` does for all its kernels.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS) as counter:
         fn()
@@ -149,17 +149,19 @@ def measure_model(
     decodes: bool = False,
 ) -> ModelCost:
     """
-    The cost of a model on one batch: a training step (with `optimizer`), inference, and the decoding cache (if it `decodes`).
+    The cost of a model on one batch: a training step (with `optimizer`), inference, and the decoding cache (if it
+    `decodes`).
 
-    A training step is forward, loss, backward and the optimizer's update. It is made once before anything is measured, so that
-    the optimizer's state counts as resident; the model's weights change by as many steps as are made.
+    A training step is forward, loss, backward and the optimizer's update. It is made once before anything is
+    measured, so that the optimizer's state counts as resident; the model's weights change by as many steps as are
+    made.
 
     Args:
         batch: `input_ids` (batch, length) and whatever else the model takes, on the model's device.
         loss: returns the scalar that training minimises on this batch; by default `model(**batch).loss`.
         autocast: returns the context in which forward passes run.
-        decodes: the model generates text: inference computes the logits of the last token only, as reading a prompt does, and the
-            cache that one sequence of this length leaves behind is measured.
+        decodes: the model generates text: inference computes the logits of the last token only, as reading a prompt
+            does, and the cache that one sequence of this length leaves behind is measured.
     """
     device = batch["input_ids"].device
     size, length = batch["input_ids"].shape
@@ -222,7 +224,8 @@ def cache_bytes(past_key_values: Any) -> int:
     """
     Bytes a decoding cache holds, over all its layers.
 
-    A layer that reports `nbytes` is believed (it knows its running state); of any other layer the tensors it holds are counted.
+    A layer that reports `nbytes` is believed (it knows its running state); of any other layer the tensors it holds
+    are counted.
     """
     total = 0
     for layer in past_key_values.layers:

@@ -165,12 +165,12 @@ def test_saved_models_are_the_fine_tuned_ones(job):
 
 def test_another_run_is_not_overwritten(job, folder):
     before = (job[1] / "results.json").read_bytes()
+    variants = ["--variants", "flash", str(folder / "variants.yaml")]
     with pytest.raises(
         ValueError, match="not empty: choose another --output-dir, or continue the run in it with --resume"
     ):
         finetune.main(arguments(folder, job[1], "--no-cost"))
-    with pytest.raises(ValueError, match="had other arguments: .*learning_rate was 0.0001, is 0.5"):
-        variants = ["--variants", "flash", str(folder / "variants.yaml")]
+    with pytest.raises(ValueError, match=r"had other arguments: .*learning_rate was 0.0001, is 0.5"):
         finetune.main(
             arguments(folder, job[1], "--no-cost", *variants, "--save-models", "--learning-rate", "0.5", "--resume")
         )
@@ -573,7 +573,7 @@ def test_data_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no local file or folder, and could not be loaded"):
         load_texts("nobody/nothing", "causal-lm")
     (tmp_path / "broken.parquet").write_text("x")
-    with pytest.raises(ValueError, match="cannot read .*broken.parquet as parquet"):
+    with pytest.raises(ValueError, match=r"cannot read .*broken.parquet as parquet"):
         load_texts(str(tmp_path / "broken.parquet"), "causal-lm")
 
 
@@ -585,7 +585,7 @@ def test_text_shorter_than_a_block(folder):
 
 
 def test_length_beyond_the_positions_names_the_way_out(folder, tmp_path):
-    with pytest.raises(ValueError, match="beyond the 64 positions .*--extend-positions .*extend_positions"):
+    with pytest.raises(ValueError, match=r"beyond the 64 positions .*--extend-positions .*extend_positions"):
         finetune.main([*arguments(folder, tmp_path / "out"), "--max-length", "100"])
     assert not (tmp_path / "out").exists()
     model = BertForMaskedLM.from_pretrained(folder / "bert")
@@ -716,7 +716,22 @@ def test_pretraining_from_nothing_learns_and_is_reused(tmp_path, monkeypatch):
     from examples import pretrain
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    short = "--steps 30 --batch-size 2 --length 64 --layers 1 --width 64 --vocabulary 300 --eval-blocks 4".split()
+    short = [
+        "--steps",
+        "30",
+        "--batch-size",
+        "2",
+        "--length",
+        "64",
+        "--layers",
+        "1",
+        "--width",
+        "64",
+        "--vocabulary",
+        "300",
+        "--eval-blocks",
+        "4",
+    ]
     main = pretrain.main
     scores = []
     monkeypatch.setattr(pretrain, "main", lambda args: scores.append(main([*args, *short])))

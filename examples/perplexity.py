@@ -1,0 +1,173 @@
+"""
+Perplexity of a pretrained causal language model on long texts, dense and with each variant swapped in and nothing
+trained.
+
+    python -m examples.perplexity --model smollm2 --texts book.txt.gz --lengths 2048 8192 \
+        --variants sliding_window topk_blocks --output results.json
+
+Each text gives its first `--windows` stretches of `length` tokens. For every length and variant: perplexity, its rise
+over dense in per cent, seconds over dense in the same run, and the bytes that the cache holds after the stretch. The
+file is written after every row, and rows that it holds already are not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import hf_efficient_attn
+from examples.embedded import MODELS, model_source, topics_text
+from hf_efficient_attn import available_variants, patch_model, unpatch_model
+from hf_efficient_attn.losses import causal_lm_losses
+from hf_efficient_attn.measuring import cache_bytes
+
+
+def load(name: str) -> tuple[torch.nn.Module, object]:
+    """An embedded model by name, or any that `from_pretrained` finds."""
+    source = model_source(name) if name in MODELS else {"path": name}
+    path = source.pop("path")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **source).eval()
+    return model, AutoTokenizer.from_pretrained(path, **source)
+
+
+def read_text(path: str) -> str:
+    if path == "topics":
+        return topics_text()
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return file.read()
+
+
+def stretches(tokenizer, texts: Sequence[str], length: int, windows: int) -> list[torch.Tensor]:
+    """
+    The first `windows` stretches of `length` tokens of every text, each (1, length).
+
+    Raises:
+        ValueError: a text is too short.
+    """
+    found = []
+    for name in texts:
+        ids = tokenizer(read_text(name), return_tensors="pt", verbose=False).input_ids
+        if ids.shape[1] < length * windows:
+            raise ValueError(
+                f"{name} has {ids.shape[1]} tokens; {windows} stretches of {length} need {length * windows}."
+            )
+        found += list(ids[:, : length * windows].split(length, 1))
+    return found
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, parts: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """exp of the mean negative log-likelihood over all predicted tokens, and the seconds it took."""
+    total, tokens, start = 0.0, 0, time.perf_counter()
+    for ids in parts:
+        losses, counted = causal_lm_losses(model, ids)
+        total, tokens = total + losses.sum().item(), tokens + int(counted.sum())
+    return math.exp(total / tokens), time.perf_counter() - start
+
+
+@torch.no_grad()
+def bytes_in_cache(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """What a cache holds after one stretch."""
+    cache = DynamicCache()
+    model.base_model(ids, past_key_values=cache, use_cache=True)
+    return cache_bytes(cache)
+
+
+def read_variants(names: Sequence[str]) -> dict[str, dict | None]:
+    """label -> config; names of the registry, and YAML files label -> {variant: ..., ...}."""
+    chosen: dict[str, dict | None] = {"dense": None}
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            chosen.update(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+        else:
+            chosen[name] = {"variant": name}
+    return chosen
+
+
+def main(args: Sequence[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
+    parser.add_argument("--texts", nargs="+", default=["topics"], help="text files (also .gz), or 'topics'")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
+    parser.add_argument("--windows", type=int, default=2, help="stretches of each text")
+    parser.add_argument("--variants", nargs="+", default=list(available_variants()), metavar="NAME|FILE")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
+    options = parser.parse_args(args)
+    chosen = read_variants(options.variants)
+    settings = {"model": options.model, "texts": [Path(t).name for t in options.texts], "windows": options.windows}
+    results = {"settings": settings, "rows": []}
+    if options.output.exists():
+        results = json.loads(options.output.read_text())
+        if results.get("settings") != settings:
+            parser.error(f"{options.output} holds another run, {results.get('settings')}; give another name.")
+    results["command"] = shlex.join(["python", "-m", "examples.perplexity", *(args or sys.argv[1:])])
+    results["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_efficient_attn": hf_efficient_attn.__version__,
+    }
+    model, tokenizer = load(options.model)
+    for length in options.lengths:
+        parts = stretches(tokenizer, options.texts, length, options.windows)
+        for label, config in chosen.items():
+            done = {(row["label"], row["length"]): row for row in results["rows"]}
+            if (label, length) in done:
+                continue
+            row = {"label": label, "length": length, "config": config, "tokens": length * len(parts)}
+            try:
+                if config is not None:
+                    patch_model(model, config)
+                row["perplexity"], row["seconds"] = perplexity(model, parts)
+                row["cache_bytes"] = bytes_in_cache(model, parts[0])
+            except Exception as error:  # a variant that fails is a row that says so
+                row["error"] = f"{type(error).__name__}: {error}"
+            finally:
+                if config is not None and type(model).__name__.startswith("Efficient"):
+                    unpatch_model(model)
+            dense = done.get(("dense", length), row)
+            if "perplexity" in row and "perplexity" in dense:
+                row["rise_percent"] = 100 * (row["perplexity"] / dense["perplexity"] - 1)
+                row["seconds_ratio"] = row["seconds"] / dense["seconds"]
+                row["cache_ratio"] = row["cache_bytes"] / dense["cache_bytes"]
+            results["rows"].append(row)
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+    show(results)
+    return results
+
+
+def show(results: dict) -> None:
+    table = Table(title="perplexity, untrained")
+    for name in ("length", "variant", "perplexity", "rise", "time of dense", "cache of dense"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for row in results["rows"]:
+        if "perplexity" not in row:
+            table.add_row(str(row["length"]), row["label"], row.get("error", "")[:60], "", "", "")
+            continue
+        table.add_row(
+            str(row["length"]), row["label"], f"{row['perplexity']:.2f}", f"{row['rise_percent']:+.1f} %",
+            f"{row['seconds_ratio']:.2f}", f"{row['cache_ratio']:.2f}",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
