@@ -234,13 +234,22 @@ def remember(
 
 
 def local_decoder(
-    query: Tensor, context: Context, pattern: Segments | Band, *, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    context: Context,
+    pattern: Segments | Band,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    far: Callable[[Count], Part] | None = None,
 ) -> Tensor:
     """
     Softmax over what `pattern` shows of the past and the sinks, for the context's new tokens: (B, H, N, D) -> the same.
+
+    far(position) is a part that joins them, for queries at positions position + 0, 1, ...; not where dilation > 1. No
+    query sees any of it whose exact part begins at 0.
     """
     n, new, slots = query.shape[2], context.new, context.key.shape[2]
-    options = {"scaling": scaling, "dropout": dropout}
+    options = {"scaling": scaling, "dropout": dropout, "far": far}
     if n <= pattern.stored and not (isinstance(new, int) and new == 0):
         return _direct(query, context, pattern, **options)
     if isinstance(new, int):
@@ -254,7 +263,7 @@ def local_decoder(
     return take(output, (torch.arange(n, device=query.device) + new[:, None]).clamp_max(slots - 1))
 
 
-def _direct(query: Tensor, context: Context, pattern, **options) -> Tensor:
+def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:
     """Few queries: sinks and buffer side by side under one mask."""
     device = query.device
     first = torch.as_tensor(context.first, device=device).reshape(-1, 1, 1)
@@ -269,17 +278,19 @@ def _direct(query: Tensor, context: Context, pattern, **options) -> Tensor:
 
     key = torch.cat([context.sink_key, context.key], 2)
     value = torch.cat([context.sink_value, context.value], 2)
-    return masked_attention(query, key, value, visible, **options)
+    if far is None:
+        return masked_attention(query, key, value, visible, **options)
+    return joint_attention(query, [Part(key, value, mask=visible), far(context.first + context.new)], **options)
 
 
-def _by_residues(query: Tensor, context: Context, pattern, skip: int, **options) -> Tensor:
+def _by_residues(query: Tensor, context: Context, pattern, skip: int, far, **options) -> Tensor:
     """Queries at slots skip.. of the context; a dilated band becomes a plain one by residue classes of the slots."""
     d = pattern.dilation
     if d == 1:
-        return _by_blocks(query, context, pattern, skip, _sinks(context, pattern, skip), **options)
+        return _by_blocks(query, context, pattern, skip, _sinks(context, pattern, skip), far, **options)
     rows = replace(context, key=residues(context.key, d), value=residues(context.value, d))
     output = _by_blocks(
-        residues(query, d), rows, Band(pattern.window), skip // d, _sinks(context, pattern, skip), **options
+        residues(query, d), rows, Band(pattern.window), skip // d, _sinks(context, pattern, skip), None, **options
     )
     return from_residues(output, d, query.shape[2])
 
@@ -314,7 +325,7 @@ def _sinks(context: Context, pattern, skip: int) -> Shared:
     return Shared(key, value, visible, start, max(-((context.first + skip - pattern.far_from(count)) // d), 0))
 
 
-def _by_blocks(query: Tensor, context: Context, pattern, skip: int, sinks: Shared, **options) -> Tensor:
+def _by_blocks(query: Tensor, context: Context, pattern, skip: int, sinks: Shared, far, **options) -> Tensor:
     """The undilated pattern, for queries at slots skip.. of the context."""
     key, value, outputs = context.key, context.value, []
     slots = key.shape[2]
@@ -333,6 +344,8 @@ def _by_blocks(query: Tensor, context: Context, pattern, skip: int, sinks: Share
         key, value, late = blocks.fill(key, 0), blocks.fill(value, 0), blocks.fill(query[:, :, warm:], begin)
         own = Part(blocks.split(key), blocks.split(value), blocks.arrange, blocks.collect, causal=True)
         parts = [own, *pattern.past(key, value, blocks), *sinks.parts(warm, warm + late.shape[2])]
+        if far is not None:
+            parts.append(far(context.first + begin))
         outputs.append(joint_attention(late, parts, **options)[:, :, : slots - begin])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 

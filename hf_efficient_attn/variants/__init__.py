@@ -7,6 +7,7 @@ from . import (
     sliding_window,
     combined,
     topk_blocks,
+    linformer,
     linear,
     performer,
     transformer_xl,

@@ -1,0 +1,143 @@
+"""
+Summaries in a decoder. Tokens are cut into segments of b. The exact part of token t of segment s = t // b is
+[(s - e) b, t], e = `exact_segments`, and the first `num_sinks` tokens; every segment before (s - e) b enters as r slots,
+keys and values made from its tokens without the sinks. One softmax joins exact tokens and slots:
+
+    out_t = sum_j exp(scaling q_t . k_j) v_j + sum_c exp(scaling q_t . k~_c + bias) v~_c, over the sum of the weights,
+
+with a learned bias per head that starts at 0. Cost N (e + 1) b + N^2 r / (2 b). The state holds the exact part, trimmed at
+segment boundaries, and the slots of all complete segments: O((e + 1) b + N r / b). Slots are read in query chunks.
+
+Shared by variants that differ only in how a segment becomes slots: a `Summary`.
+
+Letters: B batch, H query heads, G key/value heads, N tokens of this call, D head size, b segment size, r slots of a
+segment, n segments.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..caching import AttentionState, Count, TokenStore, column, take
+from .joint import Part
+from .local import Context, Segments, local_decoder, remember
+
+
+class Summary(Protocol):
+    """How a segment becomes slots. `real` says which of its tokens count, True = keep; None = all do."""
+
+    slots: int
+
+    def summarise(self, key: Tensor, value: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """key, value (B, G, n, b, D), real (B or 1, n, b) -> keys and values of the slots, (B, G, n, r, D), finite."""
+
+    def exists(self, real: Tensor) -> Tensor:
+        """real (B or 1, n, b) -> bool (B or 1, G or 1, n, r), which slots have anything to stand for."""
+
+
+class SlotStore(TokenStore):
+    """The slots of all complete segments, in order; `crop` counts tokens."""
+
+    def __init__(self, segment_size: int, slots: int) -> None:
+        super().__init__()
+        self.segment_size, self.slots = segment_size, slots
+
+    def crop_to(self, count: Count) -> None:
+        super().crop_to(count // self.segment_size * self.slots)
+
+
+def summary_decoder(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summary: Summary,
+    *,
+    segment_size: int,
+    exact_segments: int,
+    num_sinks: int,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    state: AttentionState | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """
+    query (B, H, N, D), key and value (B, G, N, D), compacted, `lengths` (B,) or None -> (B, H, N, D).
+
+    bias: (H,), added to the logits of slots. state: what earlier calls left, or None; this call is added to it.
+    """
+    count, b = 0 if state is None else state.count, segment_size
+    begun, ended = count // b, (count + (key.shape[2] if lengths is None else lengths)) // b
+    most = ended - begun if isinstance(ended, int) else (count % b + key.shape[2]) // b
+    pattern = Segments(b, exact_segments * b)
+    context = remember(state, key, value, pattern, num_sinks=num_sinks, lengths=lengths)
+    slots = None
+    if not isinstance(begun, int):
+        most = int((ended - begun).max())
+    if most:
+        slots = _summarise(context, summary, begun, most, b, num_sinks)
+    if state is not None:
+        store = state.store("slots", lambda: SlotStore(b, summary.slots))
+        if slots is not None:
+            store.extend(*slots, None if isinstance(ended, int) else (ended - begun) * summary.slots)
+        slots = (store.entries["key"], store.entries["value"]) if store.entries["key"] is not None else None
+    far = None
+    if slots is not None:
+        visible = _Visible(summary, b, exact_segments, num_sinks, query.shape[1], slots[0].shape[2], key.device)
+
+        def far(position: Count) -> Part:
+            return Part(*slots, mask=lambda begin, end: visible(position, begin, end), bias=bias)
+
+    return local_decoder(query, context, pattern, scaling=scaling, dropout=dropout, far=far)
+
+
+def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int, num_sinks: int) -> list[Tensor]:
+    """Keys and values (B, G, n r, D) of the slots of n segments, the first of which is `begun`."""
+    positions = column(begun) * b + torch.arange(n * b, device=context.key.device)
+    if isinstance(begun, int):
+        start = begun * b - context.first
+        key, value = (x[:, :, start : start + n * b] for x in (context.key, context.value))
+        masked = min(max(-(-num_sinks // b) - begun, 0), n)  # segments that hold sinks
+    else:
+        source = (positions - column(context.first)).clamp_max(context.key.shape[2] - 1)
+        key, value = take(context.key, source), take(context.value, source)
+        masked = n if num_sinks else 0
+    key, value = key.unflatten(2, (n, b)), value.unflatten(2, (n, b))
+    real = (positions >= num_sinks).reshape(-1, n, b)
+    parts = []
+    if masked:
+        parts.append(summary.summarise(key[:, :, :masked], value[:, :, :masked], real[:, :masked]))
+    if masked < n:
+        parts.append(summary.summarise(key[:, :, masked:], value[:, :, masked:], None))
+    return [torch.cat(x, 2).flatten(2, 3) for x in zip(*parts, strict=True)]
+
+
+class _Visible:
+    """Which slots queries see: those of segments before their exact part, unless a slot stands for nothing."""
+
+    def __init__(self, summary: Summary, b: int, exact_segments: int, num_sinks: int, heads: int, size: int, device):
+        self.b, self.exact_segments, self.slots, self.size = b, exact_segments, summary.slots, size
+        self.index = torch.arange(size, device=device)
+        self.exists = None
+        if num_sinks:  # only a segment that holds sinks can lack a slot
+            segments = -(-num_sinks // b)
+            real = torch.arange(segments * b, device=device).view(1, segments, b) >= num_sinks
+            exists = summary.exists(real).flatten(2, 3)[:, :, :size]
+            if exists.shape[1] > 1:
+                exists = exists.repeat_interleave(heads // exists.shape[1], 1)
+            self.exists = pad(exists, (0, size - exists.shape[2]), value=True)[:, :, None]
+
+    def __call__(self, position: Count, begin: int, end: int) -> Tensor:
+        """(B or 1, H or 1, end - begin, slots), for queries at position + begin.. ; a prefix where rows agree."""
+        t = column(position) + torch.arange(begin, end, device=self.index.device)
+        seen = (t // self.b - self.exact_segments).clamp_min(0) * self.slots
+        size = self.size
+        if isinstance(position, int):
+            size = min(max((position + end - 1) // self.b - self.exact_segments, 0) * self.slots, size)
+        mask = (self.index[:size] < seen[..., None])[..., None, :, :]
+        mask = mask if mask.ndim == 4 else mask[None]
+        return mask if self.exists is None else mask & self.exists[..., :size]
