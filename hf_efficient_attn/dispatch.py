@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
-from .hosts import arguments, cache_argument, hands_on_kwargs, hidden_input, other_source, own_terms
+from .hosts import HostCode, cache_argument, hidden_input, other_source
 from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding
 from .ops.rows import Rows
 from .variant import EfficientAttention
@@ -97,7 +97,7 @@ def efficient_attention_forward(
         rows = Rows.of(padding)
     elif attention_mask is not None:
         raise ValueError(_refuses(variant, f"a {attention_mask.ndim}-D mask {tuple(attention_mask.shape)} is given"))
-    for name in (*REFUSED_ARGUMENTS, *own_terms(type(module).dense_class)):
+    for name in (*REFUSED_ARGUMENTS, *module.host_code.own_terms):
         if kwargs.get(name) is not None:
             reason = REFUSED_ARGUMENTS.get(name, f"this architecture's softmax has a term of its own ({name})")
             raise ValueError(_refuses(variant, reason))
@@ -170,27 +170,27 @@ class PatchedForward:
     """
 
     dense_class: type
+    host_code: HostCode
 
     def forward(self, *args, **kwargs):
-        cls = self.dense_class
         if self.config._attn_implementation != NAME:
             raise RuntimeError(
                 f"layer {self.efficient_attn.host.layer} is patched, but the model's attention implementation was set to "
                 f"{self.config._attn_implementation!r} afterwards, which would run it dense. Call unpatch_model(model) first."
             )
-        given = arguments(cls, args, kwargs)
+        given = self.host_code.arguments(args, kwargs)
         source = other_source(given)
         if source is not None:
             raise ValueError(_refuses(self.efficient_attn, f"keys come from another sequence ({source})"))
         state = layer_state(self, cache_argument(args, kwargs), given.get("layer_idx"))
-        if not hands_on_kwargs(cls):
+        if not self.host_code.hands_on:
             return super().forward(*args, **kwargs)
         call = Call(state, hidden_input(args, kwargs))
         output = super().forward(*args, **{**kwargs, CALL: call})
         if not call.arrived:
             raise RuntimeError(
-                f"{cls.__name__} did not call Transformers' attention function, so layer {self.efficient_attn.host.layer} "
-                "would have stayed dense. This architecture cannot be patched."
+                f"{self.dense_class.__name__} did not call Transformers' attention function, so layer "
+                f"{self.efficient_attn.host.layer} would have stayed dense. This architecture cannot be patched."
             )
         return output
 

@@ -196,15 +196,33 @@ def refusal(host: Host) -> str | None:
     return None
 
 
-@cache
-def own_terms(cls: type) -> tuple[str, ...]:
-    """What the eager attention of an architecture takes beyond the usual: terms of its softmax, passed by keyword."""
-    eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-    usual = {"scaling", "dropout", "sliding_window", "kwargs"}
-    return tuple(name for name in list(inspect.signature(eager).parameters)[5:] if name not in usual) if eager else ()
+@dataclass(frozen=True)
+class HostCode:
+    """
+    What the source of an attention class says, read once per class: `parameters` of its forward without `self`; `hands_on`,
+    whether its keyword arguments reach the attention function; `own_terms`, what its eager attention takes beyond the
+    usual, which are terms of its softmax.
+    """
+
+    parameters: tuple[str, ...]
+    hands_on: bool
+    own_terms: tuple[str, ...]
+
+    @staticmethod
+    def of(cls: type) -> HostCode:
+        eager = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        usual = {"scaling", "dropout", "sliding_window", "kwargs"}
+        taken = list(inspect.signature(eager).parameters)[5:] if eager else []
+        parameters = tuple(inspect.signature(cls.forward).parameters)[1:]
+        return HostCode(parameters, hands_on_kwargs(cls), tuple(name for name in taken if name not in usual))
+
+    def arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """What the named parameters of a call of forward are given, without those that are None."""
+        given = dict(zip(self.parameters, args, strict=False))
+        given.update({name: kwargs[name] for name in self.parameters if name in kwargs})
+        return {name: value for name, value in given.items() if value is not None}
 
 
-@cache
 def hands_on_kwargs(cls: type) -> bool:
     """Whether the forward of an attention class gives its keyword arguments to the attention function."""
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values()):
@@ -214,19 +232,6 @@ def hands_on_kwargs(cls: type) -> bool:
     except (OSError, TypeError):
         return True  # no source to read: the check after every call still finds a layer that stayed dense
     return source.count("**kwargs") >= 2
-
-
-@cache
-def _parameters(cls: type) -> tuple[str, ...]:
-    """The names of the parameters of a class's forward, in order, without `self`."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
-def arguments(cls: type, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """What the named parameters of cls.forward(self, *args, **kwargs) are given, without those that are None."""
-    names = _parameters(cls)
-    given = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def other_source(given: dict[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import EfficientAttentionConfig
 from .dispatch import CHILD, NAME, PREVIOUS, PatchedForward
-from .hosts import Host, dispatching_modules, find_hosts, refusal
+from .hosts import Host, HostCode, dispatching_modules, find_hosts, refusal
 from .registry import build, config_from_dict, get_config_class, get_info
 from .variant import EfficientAttention
 
@@ -244,6 +244,7 @@ def efficient_class(dense_class: type) -> type:
         (PatchedForward, dense_class),
         {
             "dense_class": dense_class,
+            "host_code": HostCode.of(dense_class),
             "__module__": __name__,
             "__doc__": f"{dense_class.__name__} whose attention is the variant in its child `{CHILD}`.",
             "__reduce_ex__": _reduce,

@@ -271,7 +271,18 @@ def test_self_attention_called_with_another_sequence_raises():
         layer(torch.zeros(2, 5, 32), key_value_states=torch.zeros(2, 5, 32))
 
 
-# Training, precision, threads
+# Compiling, training, precision, threads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "mistral"])
+def test_compiles_to_one_graph(name: str):
+    torch.compiler.reset()
+    model, inputs = decoder(name, "flash"), ZOO[name].inputs(length=13, pad="right")
+    options = {} if ZOO[name].kind == "encoder" else {"use_cache": False}
+    real = inputs["attention_mask"].bool()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert apart(compiled(**inputs, **options).logits[real], model(**inputs, **options).logits[real]) < 1e-5
 
 
 def gradients(cache: DynamicCache | None, use_cache: bool) -> Tensor:
