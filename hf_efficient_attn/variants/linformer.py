@@ -22,7 +22,7 @@ a long stretch blurs their high frequencies: prefer a high rank there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,18 @@ from ..variant import EfficientAttention, HostShape
 from .transformer_xl import TransformerXLConfig
 
 
+UNBOUNDED = 4096  # tokens, where the model sets no limit
+
+
 @dataclass(kw_only=True)
 class LinformerConfig(EfficientAttentionConfig):
     rank: int = option(256, "slots that max_length tokens are projected to", minimum=1)
-    max_length: int = option(4096, "most tokens of an encoder; with rank, the tokens per slot of a decoder", minimum=1)
+    max_length: int | None = option(
+        None,
+        "most tokens of an encoder; with rank, the tokens per slot of a decoder; None: the positions that the model has "
+        f"learned, or {UNBOUNDED}",
+        minimum=1,
+    )
     sharing: str = option(
         "headwise", "what shares a projection", choices=("none", "headwise", "key-value", "layerwise")
     )
@@ -47,7 +55,7 @@ class LinformerConfig(EfficientAttentionConfig):
     num_sinks: int = option(4, "first tokens that every later one sees exactly, in decoders", minimum=0)
 
     def validate(self) -> None:
-        if self.rank > self.max_length:
+        if self.max_length is not None and self.rank > self.max_length:
             raise ValueError(
                 f"LinformerConfig.rank = {self.rank} is more than max_length = {self.max_length}: a projection to more "
                 "slots than tokens saves nothing. Lower rank, or raise max_length."
@@ -56,7 +64,7 @@ class LinformerConfig(EfficientAttentionConfig):
     @property
     def segment_rank(self) -> int:
         """Slots per segment, in decoders."""
-        return max(1, round(self.rank * self.segment_size / self.max_length))
+        return max(1, round(self.rank * self.segment_size / (self.max_length or UNBOUNDED)))
 
     @classmethod
     def tiny(cls, causal: bool) -> LinformerConfig:
@@ -103,6 +111,18 @@ class LinformerAttention(EfficientAttention):
             self.slot_bias = nn.Parameter(torch.zeros(host.num_heads))
 
     @classmethod
+    def resolve(cls, config: LinformerConfig, host: HostShape) -> LinformerConfig:
+        return config if config.max_length else replace(config, max_length=host.max_positions or UNBOUNDED)
+
+    @classmethod
+    def check_host(cls, config: LinformerConfig, host: HostShape) -> None:
+        if not host.causal and host.max_positions is not None and config.max_length > host.max_positions:
+            raise ValueError(
+                f"LinformerConfig.max_length = {config.max_length}, but the model has learned {host.max_positions} positions. "
+                f"Call extend_positions(model, {config.max_length}) first, or lower max_length."
+            )
+
+    @classmethod
     def tie_parameters(cls, modules: list[LinformerAttention]) -> None:
         """sharing="layerwise": later layers lose their matrix and read the first one's of the same direction."""
         first: dict[bool, LinformerAttention] = {}
@@ -110,9 +130,7 @@ class LinformerAttention(EfficientAttention):
             owner = first.setdefault(module.host.causal, module)
             if module.config.sharing == "layerwise" and owner is not module and "proj_k" in module._parameters:
                 del module.proj_k
-                object.__setattr__(
-                    module, "owner", owner
-                )  # a plain reference: no submodule, no second state_dict entry
+                object.__setattr__(module, "owner", owner)  # no submodule, no second entry in the state_dict
 
     def __getattr__(self, name: str):
         """The matrices that this module does not own: `proj_v` where E = F, `proj_k` of a later layer."""
