@@ -34,7 +34,6 @@ from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 from .transformer_xl import TransformerXLConfig
 
-
 UNBOUNDED = 4096  # tokens, where the model sets no limit
 
 
