@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 256  # queries whose mask exists at one time, where a part's mask is a function
+AREA = 2**20  # weights of one head that exist at one time, where no fused kernel applies
 HUGE = 1e30  # stands for the lse of a query that sees nothing: exp(s - HUGE) = 0
 
 
@@ -32,13 +33,17 @@ def whole_back(x: Tensor, fill: float) -> Tensor:
 @dataclass(frozen=True)
 class Part:
     """
-    One key set. key, value: (P, G, L, D), already gathered for P groups of queries (P = batch, blocks, tiles, ...).
+    One key set. key, value: (P, G, L, D), gathered for P groups of queries (P = batch, blocks, tiles, ...): before the
+    call, or by gather(x): (B, G, S, D) -> (P, G, L, D), best a view. scatter(sum, x) is its transpose, which adds
+    (P, G, L, D) to (B, G, S, D) in place. Tensors that parts share are stored, and their gradients summed, once.
+
+    span: the queries that take part, begin and end (None = N) among the N; arrange and collect know of these alone.
 
     arrange(x, fill): (B, H, N, E) -> (P, H', T, E) brings queries (and per-query values) to their group; slots that no
         query fills get `fill`. It must be linear in x: reshape, gather, flip.
     collect(x, fill): (P, H', T, E) -> (B, H, N, C, E) is the way back: C results per query, `fill` where there is none.
     causal: query slot t sees key slots 0..t. mask: bool (P or 1, H' or 1, T, L), True = attend, or a function
-        (begin, end) -> the mask of these query slots, possibly over a prefix of the keys alone.
+        (begin, end) -> the mask of these query slots, possibly over a prefix of the keys alone (then not `causal`).
     bias: (H,) added to the part's logits per head (only where arrange leaves the heads in place).
     """
 
@@ -49,31 +54,46 @@ class Part:
     causal: bool = False
     mask: Tensor | Callable[[int, int], Tensor] | None = None
     bias: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
+    scatter: Callable[[Tensor, Tensor], None] | None = None
+    span: tuple[int, int | None] = (0, None)
 
     def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
         """
-        Joins this part to what earlier parts gave: output (B, H, N, D) and total (B, H, N), their lse, both float32 or
-        better and free to be overwritten. Returns both, and what `differentiate` will ask for.
+        Joins this part to what earlier parts gave its span: output (B, H, N, D) and total (B, H, N), their lse, both
+        float32 or better and free to be overwritten, or None where there is nothing yet. Returns both, and what
+        `differentiate` will ask for.
         """
+        accurate = torch.promote_types(query.dtype, torch.float32)
+        key, value = self._gathered(key, value)
         out, lse, kept = _forward(self.arrange(query, 0.0), key, value, self, scaling, dropout)
         if bias is not None:
             lse = lse + bias.detach()[:, None]
-        outs = self.collect(out, 0.0).to(output.dtype)
-        lses = self.collect(lse[..., None], float("-inf"))[..., 0].to(output.dtype)
+        outs = self.collect(out, 0.0).to(accurate)
+        lses = self.collect(lse[..., None], float("-inf"))[..., 0].to(accurate)
+        saved = (kept, None if bias is None else (outs[..., 0, :], lses[..., 0]))
+        if output is None and bias is None and lses.shape[-1] == 1:
+            return outs[..., 0, :], lses[..., 0], saved
+        if output is None:
+            output, total = torch.zeros_like(outs[..., 0, :]), torch.full_like(lses[..., 0], float("-inf"))
         for c in range(lses.shape[-1]):
             joined = torch.logaddexp(total, lses[..., c])
             safe = joined.masked_fill(joined == float("-inf"), 0.0)
             output.mul_(torch.exp(total - safe)[..., None])
             output.addcmul_(outs[..., c, :], torch.exp(lses[..., c] - safe)[..., None])
             total = joined
-        return output, total, (kept, (outs[..., 0, :], lses[..., 0]) if bias is not None else None)
+        return output, total, saved
 
     def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, saved):
-        """The gradients of query (B, H, N, D), key, value and bias, from the joint output and its total lse."""
+        """
+        The gradients of query, the gathered key and value, and bias, from the joint output and its total lse; of all
+        that is per query the part's span.
+        """
         kept, own = saved
         lse = self.arrange(total[..., None], HUGE)[..., 0]
         if bias is not None:
             lse = lse - bias[:, None]
+        key, value = self._gathered(key, value)
         dq, dk, dv = _backward(
             self.arrange(grad, 0.0), self.arrange(query, 0.0), key, value, self.arrange(output, 0.0), lse, self,
             scaling, dropout, kept,
@@ -85,6 +105,9 @@ class Part:
             dbias = (weight * ((own[0] - output) * grad).sum(-1)).sum((0, 2)).to(bias.dtype)
         return back[..., 0, :] if back.shape[3] == 1 else back.sum(3), dk, dv, dbias
 
+    def _gathered(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return (key, value) if self.gather is None else (self.gather(key), self.gather(value))
+
 
 @torch.compiler.disable
 def joint_attention(query: Tensor, parts: list[Part], *, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -93,56 +116,93 @@ def joint_attention(query: Tensor, parts: list[Part], *, scaling: float, dropout
 
     The key sets of a query must be disjoint. Half precision is accumulated over parts in float32.
     """
-    tensors = []
+    tensors, slots, index = [], {}, []
     for part in parts:
-        tensors += [part.key.to(query.dtype), part.value.to(query.dtype), part.bias]
-    return _Joint.apply(query, scaling, dropout, parts, *tensors)
+        for x in (part.key, part.value, part.bias):
+            if id(x) not in slots:
+                slots[id(x)] = len(tensors)
+                tensors.append(x if x is None or x is part.bias else x.to(query.dtype))
+            index.append(slots[id(x)])
+    placed = list(zip(parts, index[0::3], index[1::3], index[2::3], strict=True))
+    return _Joint.apply(query, scaling, dropout, placed, *tensors)
 
 
 class _Joint(torch.autograd.Function):
+    """`parts`: each part with the places of its key, value and bias in `tensors`."""
+
     @staticmethod
     def forward(ctx, query, scaling, dropout, parts, *tensors):
-        accurate = torch.promote_types(query.dtype, torch.float32)
-        output = query.new_zeros(query.shape, dtype=accurate)
-        total = query.new_full(query.shape[:3], float("-inf"), dtype=accurate)
-        saved = []
-        for part, key, value, bias in _with_tensors(parts, tensors):
-            output, total, kept = part.accumulate(output, total, query, key, value, bias, scaling, dropout)
-            saved.append(kept)
+        n, done, kept = query.shape[2], [], []
+        output = total = None
+        for part, *places in parts:
+            begin, end = part.span[0], n if part.span[1] is None else part.span[1]
+            fresh = all(end <= first or last <= begin for first, last in done)
+            done.append((begin, end))
+            earlier = (None, None) if fresh else (output[:, :, begin:end], total[:, :, begin:end])
+            out, lse, saved = part.accumulate(
+                *earlier, query[:, :, begin:end], *(tensors[i] for i in places), scaling, dropout
+            )
+            kept.append(saved)
+            if end - begin == n:
+                output, total = out, lse
+                continue
+            if output is None:
+                output, total = out.new_zeros(query.shape), lse.new_full(query.shape[:3], float("-inf"))
+            total[:, :, begin:end] = lse
+            if out is not earlier[0]:
+                output[:, :, begin:end] = out
         output = output.to(query.dtype)
         ctx.save_for_backward(query, output, total, *tensors)
-        ctx.parts, ctx.scaling, ctx.dropout, ctx.saved = parts, scaling, dropout, saved
+        ctx.parts, ctx.scaling, ctx.dropout, ctx.kept = parts, scaling, dropout, kept
         return output
 
     @staticmethod
     def backward(ctx, grad):
         query, output, total, *tensors = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad, n = grad.contiguous(), query.shape[2]
         total = total.masked_fill(total == float("-inf"), HUGE)
-        grad_query = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
-        grads = []
-        for (part, key, value, bias), saved in zip(_with_tensors(ctx.parts, tensors), ctx.saved, strict=True):
-            dq, dk, dv, dbias = part.differentiate(
-                grad, output, total, query, key, value, bias, ctx.scaling, ctx.dropout, saved
-            )
-            grad_query += dq
-            grads += [dk, dv, dbias]
+        grad_query, grads = None, [None] * len(tensors)
+        for (part, *places), saved in zip(ctx.parts, ctx.kept, strict=True):
+            begin, end = part.span[0], n if part.span[1] is None else part.span[1]
+            per_query = (x[:, :, begin:end] for x in (grad, output, total, query))
+            dq, *others = part.differentiate(*per_query, *(tensors[i] for i in places), ctx.scaling, ctx.dropout, saved)
+            if grad_query is None and end - begin == n:
+                grad_query = dq.to(total.dtype)
+            else:
+                grad_query = torch.zeros_like(query, dtype=total.dtype) if grad_query is None else grad_query
+                grad_query[:, :, begin:end] += dq
+            for place, given, into in zip(places, others, (part.scatter, part.scatter, None), strict=True):
+                if given is None:
+                    continue
+                if into is not None:
+                    if grads[place] is None:
+                        grads[place] = torch.zeros_like(tensors[place], dtype=total.dtype)
+                    into(grads[place], given)
+                elif grads[place] is None:
+                    grads[place] = given
+                else:
+                    grads[place] = grads[place] + given
+        grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
         return grad_query.to(query.dtype), None, None, None, *grads
 
 
-def _triples(tensors):
-    return list(zip(tensors[0::3], tensors[1::3], tensors[2::3], strict=True))
-
-
-def _with_tensors(parts, tensors):
-    return [(part, *triple) for part, triple in zip(parts, _triples(tensors), strict=True)]
-
-
-def _slices(part: Part, length: int):
-    """(query slice, mask of these queries or None); a mask may cover a prefix of the keys."""
-    if not callable(part.mask):
-        return [(slice(0, length), part.mask)]
-    return ((slice(i, min(i + CHUNK, length)), part.mask(i, min(i + CHUNK, length))) for i in range(0, length, CHUNK))
+def _slices(part: Part, length: int, size: int, fused: bool):
+    """(query slice, its mask or None, whether causal) for all queries; a mask may cover a prefix of the keys."""
+    mask, causal = part.mask, part.causal
+    if not callable(mask) and (fused or length <= CHUNK or length * size <= AREA):
+        yield slice(0, length), mask, causal
+        return
+    for begin in range(0, length, CHUNK):
+        end = min(begin + CHUNK, length)
+        if callable(mask):
+            yield slice(begin, end), mask(begin, end), False
+            continue
+        piece = mask if mask is None or mask.shape[2] == 1 else mask[:, :, begin:end]
+        if causal:
+            keys, queries = (torch.arange(*x, device=part.key.device) for x in ((min(end, size),), (begin, end)))
+            past = keys <= queries[:, None]
+            piece = past[None, None] if piece is None else piece[..., : len(keys)] & past
+        yield slice(begin, end), piece, False
 
 
 def _fused(query: Tensor, dropout: float) -> bool:
@@ -156,19 +216,20 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _forward(query, key, value, part, scaling, dropout):
     """-> attention (P, H, T, D), its lse (P, H, T), and the dropout masks that the backward pass needs."""
     outs, lses, kept = [], [], []
-    for piece, mask in _slices(part, query.shape[2]):
+    fused = _fused(query, dropout)
+    for piece, mask, causal in _slices(part, query.shape[2], key.shape[2], fused):
         q, k, v = query[:, :, piece], key, value
         if mask is not None and mask.shape[-1] < key.shape[2]:
             k, v = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
         if k.shape[2] == 0 or q.numel() == 0:
             out, lse, keep = torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf")), None
-        elif _fused(query, dropout):
+        elif fused:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, part.causal, attn_mask=_additive(mask, q.dtype), scale=scaling
+                q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scaling
             )
             keep = None
         else:
-            out, lse, keep = _math_forward(q, k, v, mask, part.causal, scaling, dropout)
+            out, lse, keep = _math_forward(q, k, v, mask, causal, scaling, dropout)
         if mask is not None:
             lse = lse.masked_fill(~mask.any(-1), float("-inf"))
         outs.append(out)
@@ -179,7 +240,9 @@ def _forward(query, key, value, part, scaling, dropout):
 
 def _backward(grad, query, key, value, output, lse, part, scaling, dropout, kept):
     dqs, dk, dv = [], None, None
-    for (piece, mask), keep in zip(_slices(part, query.shape[2]), kept, strict=True):
+    fused = _fused(query, dropout)
+    pieces = _slices(part, query.shape[2], key.shape[2], fused)
+    for (piece, mask, causal), keep in zip(pieces, kept, strict=True):
         q, k, v = query[:, :, piece], key, value
         if mask is not None and mask.shape[-1] < key.shape[2]:
             k, v = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
@@ -187,13 +250,13 @@ def _backward(grad, query, key, value, output, lse, part, scaling, dropout, kept
         if k.shape[2] == 0 or q.numel() == 0:
             dqs.append(torch.zeros_like(q))
             continue
-        if _fused(query, dropout):
+        if fused:
             stat = stat.to(torch.promote_types(q.dtype, torch.float32)).transpose(1, 2).contiguous().transpose(1, 2)
             dq, dk1, dv1 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, q, k, v, o, stat, 0.0, part.causal, attn_mask=_additive(mask, q.dtype), scale=scaling
+                g, q, k, v, o, stat, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scaling
             )
         else:
-            dq, dk1, dv1 = _math_backward(g, q, k, v, o, stat, mask, part.causal, scaling, keep, dropout)
+            dq, dk1, dv1 = _math_backward(g, q, k, v, o, stat, mask, causal, scaling, keep, dropout)
         dqs.append(dq)
         if dk is None and k is key:
             dk, dv = dk1, dv1

@@ -38,6 +38,8 @@ class ChosenBlocks:
     tiles: list[tuple[Tensor, Tensor]]
     used: Tensor | None = None
     bias: None = None
+    scatter: None = None
+    span: tuple[int, None] = (0, None)
 
     @staticmethod
     @torch.compiler.disable
@@ -69,15 +71,14 @@ class ChosenBlocks:
     def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
         """As `Part.accumulate`."""
         tables = [x.to(total.dtype).reshape(-1, x.shape[3]) for x in (query, key, value)]
-        sums, outs, kept = self._weigh(*tables, total, scaling, dropout)
-        before = None
+        joined, sums, kept = self._weigh(*tables, output, total, scaling, dropout)
+        before = 1.0
         if not bool(sums.max() < SAFE):
             reference = total + self._highest(*tables[:2], total, scaling).clamp_min(0).view_as(total)
-            sums, outs, kept = self._weigh(*tables, reference, scaling, dropout)
             before, total = torch.exp(total - reference).nan_to_num(1.0), reference
-            output.mul_(before[..., None])
-        sums = sums.view_as(total).add_(1.0 if before is None else before)
-        return output.add_(outs.view_as(output)).div_(sums[..., None]), total + sums.log(), kept
+            joined, sums, kept = self._weigh(*tables, output * before[..., None], total, scaling, dropout)
+        sums = sums.view_as(total).add_(before)
+        return joined.div_(sums[..., None]), total + sums.log(), kept
 
     def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, kept):
         """As `Part.differentiate`."""
@@ -90,35 +91,37 @@ class ChosenBlocks:
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
             g = _rows(grads, rows_read, space("g", *q.shape))
             v = _rows(values.view(-1, *k.shape[1:]), blocks, space("v", *k.shape))
-            weights = self._weights(space, q, k, reference[rows], blocks, scaling)
+            weights = self._logits(space, q, k, _added(reference, rows), blocks, scaling).exp_()
             dropped = weights
             if dropout:
                 dropped = weights * kept[c] / (1 - dropout)
-                dweights = torch.bmm(g, v.transpose(1, 2), out=space("dw", *weights.shape))
-                dweights.mul_(kept[c]).div_(1 - dropout).add_(delta[rows][..., None])
+                dweights = torch.bmm(g, v.transpose(1, 2), out=space("dweights", *weights.shape))
+                dweights.mul_(kept[c]).div_(1 - dropout).add_(_added(delta, rows))
             else:
-                dweights = torch.baddbmm(delta[rows][..., None], g, v.transpose(1, 2), out=space("dw", *weights.shape))
-            self._add(dv, blocks, torch.bmm(dropped.transpose(1, 2), g, out=space("block", *k.shape)))
+                out = space("dweights", *weights.shape)
+                dweights = torch.baddbmm(_added(delta, rows), g, v.transpose(1, 2), out=out)
+            _add(dv, blocks, torch.bmm(dropped.transpose(1, 2), g, out=space("dblock", *k.shape)))
             dlogits = dweights.mul_(weights)
-            self._add(dk, blocks, torch.bmm(dlogits.transpose(1, 2), q, out=space("block", *k.shape)))
-            dq.index_add_(0, rows_read, torch.bmm(dlogits, k, out=space("out", *q.shape)).flatten(0, 1))
-        dq, dk, dv = dq.mul_(scaling).view_as(query), dk.mul_(scaling).view_as(key), dv.view_as(value)
+            _add(dk, blocks, torch.bmm(dlogits.transpose(1, 2), q, out=space("dblock", *k.shape)), scaling)
+            _add(dq, rows_read, torch.bmm(dlogits, k, out=space("out", *q.shape)).flatten(0, 1), scaling)
+        dq, dk, dv = dq.view_as(query), dk.view_as(key), dv.view_as(value)
         return dq, dk.to(key.dtype), dv.to(value.dtype), None
 
-    def _weigh(self, queries, keys, values, reference, scaling, dropout):
-        """Sums of weights (rows,), weighted values (rows, D), and the dropout masks."""
-        sums, outs, kept = queries.new_zeros(len(queries)), torch.zeros_like(queries), []
+    def _weigh(self, queries, keys, values, output, reference, scaling, dropout):
+        """output (B, H, N, D) and the weighted values, the sums of weights (rows,), and the dropout masks."""
+        joined, sums, kept = output.clone(memory_format=torch.contiguous_format), queries.new_zeros(len(queries)), []
         reference, space = _extended(-reference, -HUGE), _Space(queries)
         for rows, blocks in self.tiles:
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
             v = _rows(values.view(-1, *k.shape[1:]), blocks, space("v", *k.shape))
-            weights = self._weights(space, q, k, reference[rows], blocks, scaling)
+            weights = self._logits(space, q, k, _added(reference, rows), blocks, scaling).exp_()
             sums.index_add_(0, rows_read, weights.sum(-1).flatten())
             if dropout:
                 kept.append(torch.rand_like(weights) >= dropout)
                 weights.mul_(kept[-1]).div_(1 - dropout)
-            outs.index_add_(0, rows_read, torch.bmm(weights, v, out=space("out", *q.shape)).flatten(0, 1))
-        return sums, outs, kept
+            weighted = torch.bmm(weights, v, out=space("out", *q.shape))
+            joined.view(-1, q.shape[2]).index_add_(0, rows_read, weighted.flatten(0, 1))
+        return joined, sums, kept
 
     def _highest(self, queries, keys, reference, scaling) -> Tensor:
         """(rows,): the largest logit of each query less its reference, -inf where it chose nothing."""
@@ -126,7 +129,7 @@ class ChosenBlocks:
         reference, space = _extended(-reference, -HUGE), _Space(queries)
         for rows, blocks in self.tiles:
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
-            logits = self._logits(space, q, k, reference[rows], blocks, scaling)
+            logits = self._logits(space, q, k, _added(reference, rows), blocks, scaling)
             highest.scatter_reduce_(0, rows_read, logits.amax(-1).flatten(), "amax")
         return highest
 
@@ -138,19 +141,12 @@ class ChosenBlocks:
         return q, rows_read, _rows(keys, blocks, space("k", len(blocks), *keys.shape[1:]))
 
     def _logits(self, space, q, k, added, blocks, scaling) -> Tensor:
-        """(n, T, block_size): scaling q k + added (n, T); about -HUGE at keys that do not exist and in unfilled slots."""
-        added = added[..., None]
+        """(n, T, block_size): scaling q k + added (n, T, 1); about -HUGE at keys that do not exist and in unfilled slots."""
         if self.used is not None:
             absent = ~self.used.view(self.used.shape[0], 1, -1, self.block_size)
             absent = absent.expand(-1, self.key.shape[1], -1, -1).flatten(0, 2)[blocks]
             added = added.masked_fill(absent[:, None], -HUGE)
         return torch.baddbmm(added, q, k.transpose(1, 2), alpha=scaling, out=space("weights", *q.shape[:2], k.shape[1]))
-
-    def _weights(self, *args) -> Tensor:
-        return self._logits(*args).exp_()
-
-    def _add(self, table: Tensor, blocks: Tensor, x: Tensor) -> None:
-        table.view(-1, *x.shape[1:]).index_add_(0, blocks, x)
 
 
 class _Space:
@@ -171,6 +167,16 @@ def _rows(table: Tensor, index: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _add(table: Tensor, index: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    """Adds factor x (n, ...) to the entries `index` of table, seen as (entries, ...)."""
+    table.view(-1, *x.shape[1:]).index_add_(0, index, x, alpha=factor)
+
+
 def _extended(x: Tensor, last: float) -> Tensor:
     """(B, H, N) -> (B H N + 1,)."""
     return torch.cat([x.flatten(), x.new_full((1,), last)])
+
+
+def _added(table: Tensor, rows: Tensor) -> Tensor:
+    """The entries of (B H N + 1,) at rows (n, T) -> (n, T, 1)."""
+    return table.index_select(0, rows.flatten()).view(*rows.shape, 1)
