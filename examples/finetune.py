@@ -61,8 +61,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(command[1:])
     if args.output_dir is None:
         args.output_dir = f"runs/{Path(args.model).name}-{args.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    runs = read_runs(args.variants, controls=not args.no_controls)
-    session = Session(args, runs)
+    session = Session(args, read_runs(args.variants))
+    runs = session.runs
     session.results["command"] = shlex.join(["python", *command])
     session.accelerator.init_trackers("hf_efficient_attn", config={k: str(v) for k, v in session.arguments.items()})
     finished = {row["label"] for row in session.results["rows"]}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -24,7 +25,7 @@ from transformers import (
 from examples import embedded
 from examples.controls import remove_attention
 from hf_efficient_attn import describe, extend_positions, patch_model
-from hf_efficient_attn.hosts import base_model, position_tables
+from hf_efficient_attn.hosts import base_model, find_hosts, position_tables
 from hf_efficient_attn.registry import config_from_dict
 
 AUTO_CLASSES = {
@@ -61,9 +62,11 @@ def make_base(
     max_length: int,
     extend: bool,
     seed: int,
+    dropout: float | None = None,
 ) -> PreTrainedModel:
     """
-    The pretrained model with the head of the task, in float32, able to read `max_length` tokens.
+    The pretrained model with the head of the task, in float32, able to read `max_length` tokens, with `dropout` in place
+    of its own probabilities where one is given.
 
     Raises:
         ValueError: `max_length` is beyond the model's positions and `extend` is off; the checkpoint is patched already.
@@ -75,6 +78,9 @@ def make_base(
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
+    if dropout is not None:
+        config = AutoConfig.from_pretrained(place, **{k: v for k, v in keywords.items() if k == "gguf_file"}).to_dict()
+        keywords |= {name: dropout for name, value in config.items() if "drop" in name and isinstance(value, float)}
     set_seed(seed)  # the new head's weights
     model = AUTO_CLASSES[task].from_pretrained(place, dtype=torch.float32, attn_implementation="sdpa", **keywords)
     if getattr(model.config, "efficient_attention", None):
@@ -180,6 +186,11 @@ def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "positions": position_limit(model),
     }
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model's self-attention looks back only."""
+    return all(host.shape.causal for host in find_hosts(base_model(model)))
 
 
 def patched_layers(model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -41,7 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE",
         help="variants, or YAML files label -> variant; dense is always added",
     )
-    add("--no-controls", action="store_true", help="leave out zero attention and windows alone")
+    add(
+        "--controls",
+        default="all",
+        choices=("all", "zero", "none"),
+        help="rows beside the variants: zero attention, and the windows of hybrids alone (all)",
+    )
     add("--max-length", type=int, default=512, help="tokens a text is cut at, or a block holds")
     add(
         "--extend-positions",
@@ -79,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="train the dense model that many steps first and start every run from it, so that 'before' does not measure a "
         "head that knows nothing",
+    )
+    add(
+        "--dropout",
+        type=float,
+        help="everywhere in the model, instead of its own; with attention dropout PyTorch's fused attention falls back to "
+        "the N x N form on the CPU",
     )
     add(
         "--mixed-precision",
@@ -146,14 +157,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
     if args.learning_rate <= 0 or args.epochs <= 0 or not 0 <= args.warmup <= 1:
         parser.error("--learning-rate and --epochs must be above 0, --warmup between 0 and 1.")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        parser.error(f"--dropout {args.dropout}: from 0 to below 1.")
     if args.resume and args.output_dir is None:
         parser.error("--resume needs the --output-dir of the run to continue.")
     return args
 
 
 def preset_names() -> str:
-    """The presets that come with the program."""
-    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    """The presets that come with the program: those of the files there that name a model."""
+    files = sorted(PRESETS.glob("*.yaml"))
+    return ", ".join(file.stem for file in files if "model" in yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def _read_preset(preset: str, parser: argparse.ArgumentParser) -> dict:

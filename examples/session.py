@@ -23,7 +23,7 @@ from examples.data import Examples, Schedule, load_texts, tokenize
 from examples.objective import METRIC
 from examples.options import FREE
 from examples.training import Recipe
-from examples.variants import RunSpec
+from examples.variants import RunSpec, with_controls
 
 SCHEMA = "hf_efficient_attn/finetune/1"
 PACKAGES = ("hf_efficient_attn", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
@@ -33,7 +33,7 @@ class Session:
     """What the runs of one call share: arguments, data, the base model, the accelerator and the results so far."""
 
     def __init__(self, args: argparse.Namespace, runs: list[RunSpec]) -> None:
-        self.args, self.runs = args, runs
+        self.args = args
         precision = auto_precision(args.cpu) if args.mixed_precision == "auto" else args.mixed_precision
         self.folder = Path(args.output_dir)
         self.accelerator = Accelerator(
@@ -86,7 +86,9 @@ class Session:
             max_length=max([args.max_length, *(run.max_length or 0 for run in runs)]),
             extend=args.extend_positions,
             seed=args.seed,
+            dropout=args.dropout,
         )
+        self.runs = with_controls(runs, args.controls, models.is_causal(base))
         self.results = new_results(self, base, train_examples, eval_examples)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,12 @@ class RunSpec:
         return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.label)
 
 
-def read_runs(entries: Sequence[str | dict[str, Any]], controls: bool = True) -> list[RunSpec]:
+def read_runs(entries: Sequence[str | dict[str, Any]]) -> list[RunSpec]:
     """
-    The runs that `entries` ask for, dense first, each hybrid followed by its window alone, zero attention last.
+    The runs that `entries` ask for, dense first.
 
     Args:
         entries: variants' names, paths of YAML files, or mappings label -> run as in those files.
-        controls: add the controls.
 
     Raises:
         ValueError: an unknown variant or hyper-parameter, a malformed entry, or two runs of one label.
@@ -68,14 +67,23 @@ def read_runs(entries: Sequence[str | dict[str, Any]], controls: bool = True) ->
             continue
         mapping = _load(entry) if isinstance(entry, str) else entry
         runs += [_run(str(label), value) for label, value in mapping.items()]
-    if controls:
-        runs = [run for spec in runs for run in (spec, *_window_only(spec))]
-        runs.append(RunSpec(ZERO, "control", {"zero_attention": True}))
-    folders = [run.folder for run in runs]
+    folders = [run.folder for run in runs] + [RunSpec(ZERO, "control").folder]
     for run in runs:
         if folders.count(run.folder) > 1:
             raise ValueError(f"two runs are labelled {run.label!r}; give each its own label in a YAML file.")
     return runs
+
+
+def with_controls(runs: Sequence[RunSpec], which: str, causal: bool) -> list[RunSpec]:
+    """
+    The runs, each hybrid followed by its window alone (`which` = "all"), zero attention last ("all" or "zero").
+
+    `causal` is the model's direction: some variants contain a window in decoders only.
+    """
+    if which == "none":
+        return list(runs)
+    both = [run for spec in runs for run in (spec, *(_window_only(spec, causal) if which == "all" else ()))]
+    return [*both, RunSpec(ZERO, "control", {"zero_attention": True})]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -123,23 +131,23 @@ def _config(label: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"run {label!r}: {error}") from error
 
 
-def _window_only(run: RunSpec) -> list[RunSpec]:
+def _window_only(run: RunSpec, causal: bool) -> list[RunSpec]:
     """The control of a hybrid: its exact window without the rest."""
     if run.kind != "variant":
         return []
     if "mapping" in run.patch:
-        windows = {layers: _window(config) for layers, config in run.patch["mapping"].items()}
+        windows = {layers: _window(config, causal) for layers, config in run.patch["mapping"].items()}
         if not any(windows.values()):
             return []
         patch = {"mapping": {layers: windows[layers] or config for layers, config in run.patch["mapping"].items()}}
     else:
-        window = _window(run.patch["config"])
+        window = _window(run.patch["config"], causal)
         if window is None:
             return []
         patch = {"config": window, "layers": run.patch["layers"]}
     return [RunSpec(f"{run.label}: window only", "control", patch, run.label, run.max_length)]
 
 
-def _window(config: dict[str, Any]) -> dict[str, Any] | None:
-    window = config_from_dict(config).window_only()
+def _window(config: dict[str, Any], causal: bool) -> dict[str, Any] | None:
+    window = config_from_dict(config).window_only(causal)
     return None if window is None else window.to_dict()

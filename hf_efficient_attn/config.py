@@ -92,8 +92,8 @@ class EfficientAttentionConfig:
         """Hyper-parameters at which `length` tokens are attended exactly, or None where the variant has no such limit."""
         return None
 
-    def window_only(self) -> EfficientAttentionConfig | None:
-        """The control of a hybrid: the config of its exact window alone, or None where it has no window."""
+    def window_only(self, causal: bool) -> EfficientAttentionConfig | None:
+        """The control of a hybrid: the config of its exact window alone, or None where it has none in this direction."""
         return None
 
 

@@ -32,7 +32,7 @@ from examples.embedded import language_documents, source_documents  # noqa: E402
 from examples.metrics import classification_scores, likelihood_scores  # noqa: E402
 from examples.models import fit_positions, position_limit  # noqa: E402
 from examples.options import parse  # noqa: E402
-from examples.variants import read_runs  # noqa: E402
+from examples.variants import read_runs, with_controls  # noqa: E402
 
 ANIMALS = ("cat", "dog", "fish", "bird")
 
@@ -188,7 +188,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
 
     from examples.training import Recipe
 
-    more = ["--no-cost", "--no-controls", "--save-models", "--checkpoint-every", "2", "--gradient-accumulation", "2"]
+    more = [
+        "--no-cost",
+        "--controls",
+        "none",
+        "--save-models",
+        "--checkpoint-every",
+        "2",
+        "--gradient-accumulation",
+        "2",
+    ]
     more += ["--variants", "linear", "--warm-start-steps", "1"]
 
     def run(output: str, *extra: str) -> dict:
@@ -225,7 +234,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
 def test_a_bad_checkpoint_is_a_row_that_says_so(folder, tmp_path, monkeypatch, damage):
     from examples.training import Recipe
 
-    more = ["--no-cost", "--no-controls", "--checkpoint-every", "1"]
+    more = ["--no-cost", "--controls", "none", "--checkpoint-every", "1"]
     rate = Recipe.rate
 
     def interrupted(recipe: Recipe, step: int) -> float:
@@ -358,7 +367,7 @@ def test_the_dense_limit_trains_like_dense_over_two_lengths(folder, tmp_path):
         "narrow": {"variant": "sliding_window", "window": 2, "num_sinks": 0},
     }
     variants.write_text(yaml.safe_dump(limits))
-    more = ["--no-cost", "--no-controls", "--variants", str(variants), "--max-steps", "0"]
+    more = ["--no-cost", "--controls", "none", "--variants", str(variants), "--max-steps", "0"]
     rows = rows_of(finetune.main(arguments(folder, tmp_path / "out", *more, model="gpt2", task="causal-lm")))
     dense = rows["dense"]["before"]["perplexity"]
     assert rows["wide"]["before"]["perplexity"] == pytest.approx(dense, rel=1e-5)
@@ -599,16 +608,19 @@ def test_variants_from_names_and_files(tmp_path, monkeypatch):
     from hf_efficient_attn import get_config_class
 
     window = get_config_class("sliding_window")(window=4)
-    monkeypatch.setattr(get_config_class("block"), "window_only", lambda config: window)
+    monkeypatch.setattr(get_config_class("block"), "window_only", lambda config, causal: window if causal else None)
     file = tmp_path / "v.yaml"
     file.write_text(yaml.safe_dump({"half": {"0": "block", "1": "flash"}, "plain": "flash"}))
-    runs = read_runs(["dense", "block", str(file)])
+    asked = read_runs(["dense", "block", str(file)])
+    runs = with_controls(asked, "all", causal=True)
     labels = ["dense", "block", "block: window only", "half", "half: window only", "plain", "zero attention"]
     assert [run.label for run in runs] == labels
     assert [run.kind for run in runs] == ["dense", "variant", "control", "variant", "control", "variant", "control"]
     assert runs[2].patch["config"] == window.to_dict() and runs[2].control_of == "block"
     assert runs[4].patch["mapping"]["0"] == window.to_dict() and runs[4].patch["mapping"]["1"]["variant"] == "flash"
-    assert [run.label for run in read_runs(["block"], controls=False)] == ["dense", "block"]
+    assert with_controls(asked, "none", causal=True) == asked
+    for which, causal in (("zero", True), ("all", False)):  # the encoder's has no window
+        assert with_controls(asked, which, causal) == [*asked, runs[-1]]
     assert json.loads(json.dumps(runs[3].patch)) == runs[3].patch
 
 
@@ -635,7 +647,7 @@ def test_unusable_variants_say_what_is_wrong(tmp_path, content, sentence):
 def test_options_presets_and_their_refusals(tmp_path, capsys):
     assert parse(["--preset", "demo"]).model == "minilm"
     assert parse(["--preset", "demo", "--model", "other"]).model == "other"
-    assert len(read_runs(parse(["--preset", "demo"]).variants)) >= 7
+    assert len(read_runs(parse(["--preset", "demo"]).variants)) >= 6
     file = tmp_path / "p.yaml"
     file.write_text("modell: x")
     refusals = {

@@ -145,7 +145,7 @@ def test_longer_than_max_length_raises():
 
 def test_the_window_alone_is_a_decoder_s_exact_part():
     module = make("headwise", True)
-    window = build(module.config.window_only(), module.host)
+    window = build(module.config.window_only(causal=True), module.host)
     args = inputs(16)
     torch.testing.assert_close(run(window, args), run(module, args), atol=1e-10, rtol=0)
     args = inputs(17)  # the third segment is the first that sees slots

@@ -74,9 +74,9 @@ class CombinedConfig(EfficientAttentionConfig):
     def dense_limit(cls, length: int, causal: bool) -> CombinedConfig:
         return cls(parts=[[part.dense_limit(length, causal), share] for part, share in cls().parts])
 
-    def window_only(self) -> CombinedConfig | None:
+    def window_only(self, causal: bool) -> CombinedConfig | None:
         """Every part that contains a window replaced by that window."""
-        windows = [part.window_only() for part, _ in self.parts]
+        windows = [part.window_only(causal) for part, _ in self.parts]
         if not any(windows):
             return None
         return replace(self, parts=[[w or part, share] for w, (part, share) in zip(windows, self.parts, strict=True)])

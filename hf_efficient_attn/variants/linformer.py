@@ -75,8 +75,10 @@ class LinformerConfig(EfficientAttentionConfig):
             return cls(segment_size=max(length, 1))
         return cls(rank=length, max_length=length)
 
-    def window_only(self) -> TransformerXLConfig:
+    def window_only(self, causal: bool) -> TransformerXLConfig | None:
         """A decoder's exact part, and nothing else; an encoder's linformer has none."""
+        if not causal:
+            return None
         memory = self.exact_segments * self.segment_size
         return TransformerXLConfig(
             segment_size=self.segment_size,

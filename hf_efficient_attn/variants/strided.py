@@ -44,13 +44,13 @@ class StridedConfig(EfficientAttentionConfig):
 
     @classmethod
     def tiny(cls, causal: bool) -> StridedConfig:
-        return cls(stride=5, local_size=3, num_sinks=2)
+        return cls(stride=7, local_size=3, num_sinks=2)
 
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> StridedConfig:
         return cls(stride=1)
 
-    def window_only(self) -> EfficientAttentionConfig | None:
+    def window_only(self, causal: bool) -> EfficientAttentionConfig | None:
         """The neighbours and the sinks."""
         if self.local_size == 0:
             return None

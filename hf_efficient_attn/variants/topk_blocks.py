@@ -33,7 +33,7 @@ from ..ops.tiles import ChosenBlocks
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention
 
-CHUNK = 512  # queries whose scores exist at one time
+SCORES = 2**16  # scores that exist at one time
 STEP = 16  # new tokens up to which each query's keys are copied side by side
 
 
@@ -64,7 +64,7 @@ class TopkBlocksConfig(EfficientAttentionConfig):
     def dense_limit(cls, length: int, causal: bool) -> TopkBlocksConfig:
         return cls(block_size=4, top_k=-(-length // 4))
 
-    def window_only(self) -> EfficientAttentionConfig:
+    def window_only(self, causal: bool) -> EfficientAttentionConfig:
         """The own block and as many first tokens as block 0 has."""
         return get_config_class("block")(block_size=self.block_size, num_sinks=self.block_size)
 
@@ -156,9 +156,10 @@ class TopkBlocksAttention(EfficientAttention):
         own, live = own[:, None, ::width, None], live[:, None, :, None]
         last = own - 1 if causal else (blocks - 1).view(-1, 1, 1, 1)
         picks, chosen = min(self.config.top_k - 1, count), []
-        for begin in range(0, length, CHUNK * width):
-            piece = slice(begin // width, begin // width + CHUNK)
-            features = self._features(query[:, :, begin : begin + CHUNK * width])
+        chunk = max(1, SCORES // max(1, query.shape[0] * heads * count))
+        for begin in range(0, -(-length // width), chunk):
+            piece = slice(begin, begin + chunk)
+            features = self._features(query[:, :, begin * width : (begin + chunk) * width])
             features = features.unflatten(2, (-1, width)).sum(3).unflatten(1, (groups, -1))
             if self.config.share_group:
                 features = features.sum(2, keepdim=True)
@@ -221,8 +222,8 @@ def _own_block(key: Tensor, value: Tensor, size: int, causal: bool, used: Tensor
 
 
 def _best(scores: Tensor, picks: int) -> Tensor:
-    """(..., M) float32 -> (..., picks) int64, the largest scores; of equal ones the lower index."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: one zero only
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
+    bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
     index = torch.arange(scores.shape[-1], device=scores.device)
-    return ((ordered << 32) - index).topk(picks, -1).indices
+    return (ordered << 32).sub_(index).topk(picks, -1).indices

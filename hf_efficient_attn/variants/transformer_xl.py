@@ -43,7 +43,7 @@ class TransformerXLConfig(EfficientAttentionConfig):
             return cls(segment_size=8, memory_size=length)
         return cls(segment_size=max(length, 1), memory_size=0)
 
-    def window_only(self) -> BlockConfig:
+    def window_only(self, causal: bool) -> BlockConfig:
         return BlockConfig(block_size=self.segment_size, num_sinks=self.num_sinks, dense_below=self.dense_below)
 
 
