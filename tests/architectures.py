@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -297,6 +296,3 @@ def dispatching() -> list[str]:
         if "ALL_ATTENTION_FUNCTIONS.get_interface" in inspect.getsource(module):
             names.append(name)
     return names
-
-
-transformers.logging.set_verbosity_error()

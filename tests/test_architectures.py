@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from architectures import build, classify, dispatching, gap, make_inputs, outputs, stayed_dense
 from conftest import DeprecationRecorder
 
@@ -18,8 +19,12 @@ RAISED = ("git", "doge")
 
 
 @pytest.fixture(autouse=True)
-def old_models_may_use_old_calls(deprecations: DeprecationRecorder):
+def models_may_warn_about_themselves(deprecations: DeprecationRecorder):
+    """Shrunken configs and old models make Transformers log; what it calls deprecated there is not our use of it."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     yield
+    transformers.logging.set_verbosity(before)
     deprecations.messages.clear()
 
 
@@ -61,10 +66,11 @@ def test_a_layer_that_stays_dense_is_noticed():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_architecture_patches_or_raises():
     outcomes = [classify(name) for name in dispatching()]
     counts = Counter(outcome.kind for outcome in outcomes)
     print(dict(counts), *(o for o in outcomes if o.kind not in ("equal", "refused")), sep="\n")
     assert [outcome for outcome in outcomes if outcome.kind == "wrong"] == []
-    assert counts["equal"] >= 150
-    assert counts["equal"] + counts["refused"] + counts["raised"] >= 200
+    assert counts["equal"] >= 200
+    assert counts["equal"] + counts["refused"] + counts["raised"] >= 280
