@@ -143,8 +143,8 @@ def _build(config: EfficientAttentionConfig, host: Host) -> EfficientAttention:
         raise ValueError(f"attention layer {host.shape.layer} ({host.name}): {error}") from error
     weight = next((p for p in host.module.parameters() if p.is_floating_point()), None)
     if weight is not None:
-        hook = getattr(host.module, "_hf_hook", None)
-        if weight.device.type == "meta" and hook is not None:
+        hooked = any(hasattr(part, "_hf_hook") for part in host.module.modules())
+        if weight.device.type == "meta" and hooked:
             raise ValueError(
                 f"attention layer {host.shape.layer} is offloaded; patch the model before its weights are."
             )
@@ -186,7 +186,7 @@ def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | No
         module = swap.host.module
         module.__class__ = efficient_class(type(module))
         module.add_module(CHILD, swap.variant)
-        _rebind_hooked_forward(module)
+        _rebind_forward(module)
 
 
 def revert_layers(model: PreTrainedModel) -> None:
@@ -198,7 +198,7 @@ def revert_layers(model: PreTrainedModel) -> None:
         if isinstance(module, PatchedForward):
             delattr(module, CHILD)
             module.__class__ = module.dense_class
-            _rebind_hooked_forward(module)
+            _rebind_forward(module)
     _set_implementations(modules, previous)
     for part in model.modules():  # a model without attention of its own shares or mirrors one that has
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
@@ -221,17 +221,27 @@ def _set_implementations(modules: dict[str, nn.Module], names: dict[str, str]) -
 
 def _check_instance_forward(host: Host) -> None:
     """A forward on the instance bypasses the class; Accelerate's hooks are known, anything else is refused."""
-    if "forward" in vars(host.module) and "_old_forward" not in vars(host.module):
+    attributes = vars(host.module)
+    if "forward" in attributes and "_old_forward" not in attributes and not _is_bound_forward(host.module):
         raise ValueError(
             f"attention layer {host.shape.layer} ({host.name}) has a forward of its own set on the instance, which a patch "
             "would not reach. Remove it first."
         )
 
 
-def _rebind_hooked_forward(module: nn.Module) -> None:
+def _is_bound_forward(module: nn.Module) -> bool:
+    """Whether the instance holds the forward of its own class, as Accelerate leaves it behind with a hook it takes off."""
+    forward = vars(module).get("forward")
+    own = [vars(cls).get("forward") for cls in (PatchedForward, *type(module).__mro__)]
+    return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ in own
+
+
+def _rebind_forward(module: nn.Module) -> None:
     """Accelerate's hook calls the forward that it found on the instance: let it find the class's present one."""
     if "_old_forward" in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)
+    elif _is_bound_forward(module):
+        del module.forward
 
 
 @cache

@@ -1,0 +1,190 @@
+"""Accelerate's hooks and device maps, sentence_transformers, and data parallelism around patched models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator, cpu_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from sentence_transformers import SentenceTransformer
+from test_modeling import output
+from transformers import BertTokenizer
+from zoo import TASKS, USUAL_TASK, ZOO
+
+import hf_efficient_attn as hea
+from hf_efficient_attn import patch_model, unpatch_model
+
+WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]
+SPARSE = {"window": 2}
+
+
+class Counting(ModelHook):
+    """Counts the calls of the module that it is on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def hook_attention(model: torch.nn.Module) -> list[Counting]:
+    """Accelerate puts a `forward` on the instance of every hooked module."""
+    hooks = []
+    for row in hea.describe(model):
+        hooks.append(Counting())
+        add_hook_to_module(model.get_submodule(row.name), hooks[-1])
+    return hooks
+
+
+@pytest.mark.parametrize("hooked", ["before", "after"])
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_hooks_of_accelerate(name: str, hooked: str):
+    inputs = ZOO[name].inputs(pad="right")
+    plain = ZOO[name].build()
+    dense = output(plain, inputs)
+    expected = output(patch_model(plain, "sliding_window", **SPARSE), inputs)
+    model = ZOO[name].build()
+    if hooked == "before":
+        hooks = hook_attention(model)
+        patch_model(model, "sliding_window", **SPARSE)
+    else:
+        patch_model(model, "sliding_window", **SPARSE)
+        hooks = hook_attention(model)
+    assert torch.equal(output(model, inputs), expected)
+    assert [hook.calls for hook in hooks] == [1] * len(hooks)
+    unpatch_model(model)
+    assert torch.equal(output(model, inputs), dense)
+    assert [hook.calls for hook in hooks] == [2] * len(hooks)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(output(model, inputs), dense)
+
+
+@pytest.mark.parametrize("order", ["hook, patch, unhook", "patch, hook, unhook", "hook, patch, unpatch, unhook"])
+def test_hooks_taken_off(order: str):
+    inputs = ZOO["llama"].inputs()
+    model = ZOO["llama"].build()
+    dense = output(model, inputs)
+    expected = output(patch_model(ZOO["llama"].build(), "sliding_window", **SPARSE), inputs)
+    for step in order.split(", "):
+        if step == "hook":
+            hook_attention(model)
+        elif step == "unhook":
+            remove_hook_from_module(model, recurse=True)
+        elif step == "patch":
+            patch_model(model, "sliding_window", **SPARSE)
+        else:
+            unpatch_model(model)
+    assert torch.equal(output(model, inputs), dense if "unpatch" in order else expected)
+    if "unpatch" not in order:
+        assert torch.equal(output(unpatch_model(model), inputs), dense)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_device_map(name: str, tmp_path: Path):
+    tiny, inputs = ZOO[name], ZOO[name].inputs()
+    model = patch_model(tiny.build(), "linformer", rank=4)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    auto = getattr(transformers, TASKS[USUAL_TASK[tiny.kind]])
+    for device_map in ("cpu", {"": "cpu"}, "auto"):
+        loaded = auto.from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(output(loaded, inputs), expected)
+        assert {row.variant for row in hea.describe(loaded)} == {"linformer"}
+
+
+def test_dispatched_with_several_entries():
+    inputs = ZOO["llama"].inputs()
+    expected = output(patch_model(ZOO["llama"].build(), "sliding_window", **SPARSE), inputs)
+    parts = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    for patch_first in (True, False):
+        model = ZOO["llama"].build()
+        if patch_first:
+            patch_model(model, "sliding_window", **SPARSE)
+        model = dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)
+        assert any("_old_forward" in vars(module) for module in model.modules())
+        if not patch_first:
+            patch_model(model, "sliding_window", **SPARSE)
+        assert torch.equal(output(model, inputs), expected)
+
+
+def test_offloaded_weights_are_refused_and_offloading_afterwards_works():
+    inputs = ZOO["llama"].inputs()
+    model = patch_model(ZOO["llama"].build(), "linformer", rank=4)
+    expected = output(model, inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert any(p.device.type == "meta" for p in model.parameters())
+    assert torch.equal(output(model, inputs), expected)
+    offloaded = ZOO["llama"].build()
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"attention layer 0 .*offloaded"):
+        patch_model(offloaded, "linformer", rank=4)
+    assert output(offloaded, inputs).isfinite().all()
+
+
+def test_prepared_by_an_accelerator():
+    inputs = ZOO["bert"].inputs()
+    accelerator = Accelerator(cpu=True)
+    model = patch_model(ZOO["bert"].build(), "linformer", rank=4, max_length=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = output(model, inputs)
+    loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    assert not torch.equal(output(model, inputs), before)
+    inner = accelerator.unwrap_model(model)
+    assert {row.variant for row in hea.describe(inner)} == {"linformer"}
+
+
+# sentence_transformers
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> SentenceTransformer:
+    """A tiny sentence encoder, made of parts on disk."""
+    from sentence_transformers.models import Pooling, Transformer
+
+    ZOO["bert"].build_for("base").save_pretrained(tmp_path / "bert")
+    BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(tmp_path / "bert")
+    part = Transformer(str(tmp_path / "bert"))
+    return SentenceTransformer(modules=[part, Pooling(32)], device="cpu")
+
+
+TEXTS = ["w1 w2 w3 w4 w5 w6 w7", "w9 w8", "w20 w30 w40 w50"]
+
+
+def test_sentence_transformer_patched_inside(sentences: SentenceTransformer, tmp_path: Path):
+    dense = sentences.encode(TEXTS, convert_to_tensor=True)
+    patch_model(sentences[0].auto_model, "sliding_window", window=1)
+    patched = sentences.encode(TEXTS, convert_to_tensor=True)
+    assert (patched - dense).abs().max() > 1e-2
+    alone = torch.cat([sentences.encode([text], convert_to_tensor=True) for text in TEXTS])
+    assert (alone - patched).abs().max() < 1e-4
+    sentences.save(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert {row.variant for row in hea.describe(loaded[0].auto_model)} == {"sliding_window"}
+    assert torch.equal(loaded.encode(TEXTS, convert_to_tensor=True), patched)
+    unpatch_model(sentences[0].auto_model)
+    assert torch.equal(sentences.encode(TEXTS, convert_to_tensor=True), dense)
+
+
+def test_sentence_transformer_patched_as_a_whole(sentences: SentenceTransformer):
+    dense = sentences.encode(TEXTS, convert_to_tensor=True)
+    assert patch_model(sentences, "sliding_window", window=1) is sentences
+    assert (sentences.encode(TEXTS, convert_to_tensor=True) - dense).abs().max() > 1e-2
+    unpatch_model(sentences)
+    assert torch.equal(sentences.encode(TEXTS, convert_to_tensor=True), dense)
+
+
+def test_sentence_transformer_trains(sentences: SentenceTransformer):
+    patch_model(sentences, "linformer", rank=4, max_length=64)
+    features = sentences.tokenize(TEXTS) if not hasattr(sentences, "preprocess") else sentences.preprocess(TEXTS)
+    sentences.train()(features)["sentence_embedding"].square().mean().backward()
+    added = {n: p for n, p in sentences.named_parameters() if ".efficient_attn." in n}
+    assert added
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in added.values())
