@@ -118,13 +118,6 @@ class AttentionMask:
             return None, PACKED
         return None, None if self.length <= reach else HIDES.format(reach)
 
-    def contiguous(self) -> AttentionMask:
-        """`generate` asks for it where it makes masks ahead, for a cache of fixed shape."""
-        raise ValueError(
-            "a patched layer keeps a decoder state of its own, which a static cache cannot hold: leave out "
-            "cache_implementation, or give an empty DynamicCache."
-        )
-
     def rows(self, tokens: int) -> Rows | None:
         """The real ones among a call's own tokens, the last columns; made once and shared by all layers."""
         if self._rows is None or self._rows[0] != tokens:

@@ -103,7 +103,7 @@ def test_before_or_after_the_patch_is_the_same(name: str):
 def test_state_that_depends_on_the_length_is_built_for_the_new_one():
     """A variant that is sized by the positions the model can read sees the raised limit."""
     model = extend_positions(build(ZOO["bert"]), LONG)
-    patch_model(model, "linformer")
+    patch_model(model, "linformer", rank=16)
     assert output(model, ZOO["bert"].inputs(length=LONG)).isfinite().all()
     host = model.bert.encoder.layer[0].attention.self.efficient_attn.host
     assert host.max_positions == LONG
