@@ -211,8 +211,8 @@ def is_ours(error: Exception) -> bool:
     return inside and isinstance(error, (ValueError, RuntimeError, AttributeError))
 
 
-def stayed_dense(model: PreTrainedModel, run: Callable[[], Any]) -> list[str]:
-    """The patched layers that `run` reaches without reaching their variants."""
+def layers_reached(model: PreTrainedModel, run: Callable[[], Any]) -> dict[str, bool]:
+    """The patched layers that `run` calls: whether their variants were called, too."""
     called: dict[str, bool] = {}
     handles = []
     for name, module in model.named_modules():
@@ -225,7 +225,12 @@ def stayed_dense(model: PreTrainedModel, run: Callable[[], Any]) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name, reached in called.items() if not reached]
+    return called
+
+
+def stayed_dense(model: PreTrainedModel, run: Callable[[], Any]) -> list[str]:
+    """The patched layers that `run` calls without reaching their variants."""
+    return [name for name, reached in layers_reached(model, run).items() if not reached]
 
 
 def classify(name: str) -> Outcome:
@@ -263,11 +268,13 @@ def _compare(name: str, model: PreTrainedModel, dense: dict) -> Outcome:
     for pad, (inputs, expected) in dense.items():
         got: list[Tensor] = []
         try:
-            dense_layers = stayed_dense(model, lambda inputs=inputs, got=got: got.extend(outputs(model, inputs)))
+            reached = layers_reached(model, lambda inputs=inputs, got=got: got.extend(outputs(model, inputs)))
         except Exception as error:
             return Outcome(name, "raised" if is_ours(error) else "wrong", f"{pad}: {type(error).__name__}: {error}")
-        if dense_layers:
-            return Outcome(name, "wrong", f"stays dense: {dense_layers[0]}")
+        if not reached:
+            return Outcome(name, "unrun", "these inputs reach no patched layer")
+        if not all(reached.values()):
+            return Outcome(name, "wrong", f"stays dense: {[n for n, was in reached.items() if not was][0]}")
         if gap(expected, got) > TOLERANCE and gap(_eager(model, inputs), got) > TOLERANCE:
             return Outcome(name, "wrong", f"{pad}: differs by {gap(expected, got):.2g}")
     return Outcome(name, "equal")
