@@ -274,7 +274,7 @@ def _compare(name: str, model: PreTrainedModel, dense: dict) -> Outcome:
         if not reached:
             return Outcome(name, "unrun", "these inputs reach no patched layer")
         if not all(reached.values()):
-            return Outcome(name, "wrong", f"stays dense: {[n for n, was in reached.items() if not was][0]}")
+            return Outcome(name, "wrong", f"stays dense: {next(n for n, was in reached.items() if not was)}")
         if gap(expected, got) > TOLERANCE and gap(_eager(model, inputs), got) > TOLERANCE:
             return Outcome(name, "wrong", f"{pad}: differs by {gap(expected, got):.2g}")
     return Outcome(name, "equal")
