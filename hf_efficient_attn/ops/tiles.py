@@ -102,9 +102,9 @@ class ChosenBlocks:
                 dweights = torch.baddbmm(_added(delta, rows), g, v.transpose(1, 2), out=out)
             _add(dv, blocks, torch.bmm(dropped.transpose(1, 2), g, out=space("dblock", *k.shape)))
             dlogits = dweights.mul_(weights)
-            _add(dk, blocks, torch.bmm(dlogits.transpose(1, 2), q, out=space("dblock", *k.shape)), scaling)
-            _add(dq, rows_read, torch.bmm(dlogits, k, out=space("out", *q.shape)).flatten(0, 1), scaling)
-        dq, dk, dv = dq.view_as(query), dk.view_as(key), dv.view_as(value)
+            _add(dk, blocks, torch.bmm(dlogits.transpose(1, 2), q, out=space("dblock", *k.shape)))
+            _add(dq, rows_read, torch.bmm(dlogits, k, out=space("out", *q.shape)).flatten(0, 1))
+        dq, dk, dv = dq.mul_(scaling).view_as(query), dk.mul_(scaling).view_as(key), dv.view_as(value)
         return dq, dk.to(key.dtype), dv.to(value.dtype), None
 
     def _weigh(self, queries, keys, values, output, reference, scaling, dropout):
@@ -120,7 +120,7 @@ class ChosenBlocks:
                 kept.append(torch.rand_like(weights) >= dropout)
                 weights.mul_(kept[-1]).div_(1 - dropout)
             weighted = torch.bmm(weights, v, out=space("out", *q.shape))
-            joined.view(-1, q.shape[2]).index_add_(0, rows_read, weighted.flatten(0, 1))
+            _add(joined, rows_read, weighted.flatten(0, 1))
         return joined, sums, kept
 
     def _highest(self, queries, keys, reference, scaling) -> Tensor:
@@ -167,9 +167,9 @@ def _rows(table: Tensor, index: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _add(table: Tensor, index: Tensor, x: Tensor, factor: float = 1.0) -> None:
-    """Adds factor x (n, ...) to the entries `index` of table, seen as (entries, ...)."""
-    table.view(-1, *x.shape[1:]).index_add_(0, index, x, alpha=factor)
+def _add(table: Tensor, index: Tensor, x: Tensor) -> None:
+    """Adds x (n, ...) to the entries `index` of table, seen as (entries, ...)."""
+    table.view(-1, *x.shape[1:]).index_add_(0, index, x)
 
 
 def _extended(x: Tensor, last: float) -> Tensor:

@@ -47,6 +47,10 @@ class StridedConfig(EfficientAttentionConfig):
         return cls(stride=7, local_size=3, num_sinks=2)
 
     @classmethod
+    def variations(cls, causal: bool) -> list[StridedConfig]:
+        return [cls(stride=5, local_size=7, num_sinks=0), cls(stride=3, local_size=1), cls(stride=16, local_size=2)]
+
+    @classmethod
     def dense_limit(cls, length: int, causal: bool) -> StridedConfig:
         return cls(stride=1)
 

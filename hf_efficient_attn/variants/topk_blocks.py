@@ -61,6 +61,12 @@ class TopkBlocksConfig(EfficientAttentionConfig):
         return cls(block_size=4, top_k=4)
 
     @classmethod
+    def variations(cls, causal: bool) -> list[TopkBlocksConfig]:
+        sizes = {"block_size": 4, "top_k": 3}
+        choices = [{"summary": "minmax"}, {"share_group": True}, {"top_k": 1}, {"top_k": 2}, {"query_block": 4}]
+        return [cls(**sizes | choice) for choice in choices]
+
+    @classmethod
     def dense_limit(cls, length: int, causal: bool) -> TopkBlocksConfig:
         return cls(block_size=4, top_k=-(-length // 4))
 
