@@ -88,6 +88,11 @@ class EfficientAttentionConfig:
         return cls()
 
     @classmethod
+    def variations(cls, causal: bool) -> list[EfficientAttentionConfig]:
+        """Further tiny configs, one for each choice that `tiny` does not take; for a layer of two key/value heads."""
+        return []
+
+    @classmethod
     def dense_limit(cls, length: int, causal: bool) -> EfficientAttentionConfig | None:
         """Hyper-parameters at which `length` tokens are attended exactly, or None where the variant has no such limit."""
         return None

@@ -102,6 +102,25 @@ def check_forward_is_the_formula(subject: Subject) -> None:
             assert got.abs().max() > 1e-3
 
 
+def check_every_choice_is_the_formula(subject: Subject) -> None:
+    for config in get_info(subject.name).config_class.variations(subject.causal):
+        module = subject.build(config)
+        for length in (1, 9, 29):
+            for label, padding in paddings(length).items():
+                args = [x.requires_grad_() for x in inputs(4, length)]
+                got, want = run(module, *args, padding=padding), expected(subject, module, *args, padding=padding)
+                close(got, want, 1e-9, f"{config}, length {length}, padding {label}")
+                ours, theirs = (torch.autograd.grad(x.square().sum(), args[:3], retain_graph=True) for x in (got, want))
+                for a, b in zip(ours, theirs, strict=True):
+                    close(a, b, 1e-8, f"gradient, {config}, length {length}, padding {label}")
+        if subject.causal:
+            args = inputs(4, 29)
+            for padding in (None, paddings(29)["left"]):
+                full = run(module, *args, padding=padding)
+                for splits in SPLITS[1:5]:
+                    close(decode(module, args, splits, padding), full, 1e-9, f"{config}, calls of {splits}")
+
+
 def check_head_layouts(subject: Subject) -> None:
     for kv_heads in (1, HEADS):
         if subject.name == "combined" and kv_heads == 1:

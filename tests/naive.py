@@ -171,13 +171,13 @@ def naive_sliding_window(query, key, value, *, config, scaling, causal, module=N
     t, t +- d, ..., t +- w d; the first `global_tokens` positions see all and are seen by all (with the ordinary
     projections).
 
-    `dilation` is one number or a list with one number per query head (equal within a group, which shares its keys).
+    `dilation` is one number or a list with one number per key/value head, whose query heads share it.
     """
     H, G = query.shape[0], key.shape[0]
     w = config.window
     heads = []
     for h in range(H):
-        d = config.dilation[h] if isinstance(config.dilation, (list, tuple)) else config.dilation
+        d = config.dilation[h // (H // G)] if isinstance(config.dilation, (list, tuple)) else config.dilation
         g = h // (H // G)
 
         def sees(t, j, d=d):
@@ -211,7 +211,7 @@ def naive_combined(query, key, value, *, config, scaling, causal, module=None):
 
     Shares are relative weights: with c_p the sum of the first p shares over the sum of all, part p owns the groups from
     floor(c_p G + 1/2) to floor(c_(p+1) G + 1/2). A part left without a group is an error. A list of dilations in a part
-    counts that part's own query heads; `dense_below` of a part holds for its heads.
+    counts that part's own key/value heads; `dense_below` of a part holds for its heads.
     """
     H, G = query.shape[0], key.shape[0]
     total = sum(share for _, share in config.parts)

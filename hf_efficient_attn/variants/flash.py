@@ -36,7 +36,7 @@ class FlashConfig(EfficientAttentionConfig):
     "flash",
     family="exact",
     summary="exact softmax attention by fused kernels, memory linear in N",
-    paper="Dao 2023, arXiv:2307.08691",
+    paper="Dao 2022, arXiv:2205.14135",
 )
 class FlashAttention(EfficientAttention):
     config_class = FlashConfig

@@ -70,6 +70,12 @@ class LinformerConfig(EfficientAttentionConfig):
         return cls(rank=8, max_length=34, segment_size=8, num_sinks=3)
 
     @classmethod
+    def variations(cls, causal: bool) -> list[LinformerConfig]:
+        sizes = {"rank": 7, "max_length": 34, "segment_size": 5}
+        shared = [cls(sharing=sharing, **sizes) for sharing in ("none", "key-value", "layerwise")]
+        return [*shared, cls(exact_segments=0, num_sinks=0, **sizes), cls(exact_segments=2, **sizes)]
+
+    @classmethod
     def dense_limit(cls, length: int, causal: bool) -> LinformerConfig:
         if causal:
             return cls(segment_size=max(length, 1))

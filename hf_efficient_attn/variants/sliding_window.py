@@ -41,6 +41,11 @@ class SlidingWindowConfig(EfficientAttentionConfig):
         return cls(window=5, num_sinks=2, global_tokens=3)
 
     @classmethod
+    def variations(cls, causal: bool) -> list[SlidingWindowConfig]:
+        dilated = {"window": 3, "num_sinks": 2, "global_tokens": 1}
+        return [cls(dilation=2, **dilated), cls(dilation=[1, 3], **dilated), cls(window=7, num_sinks=0), cls(window=1)]
+
+    @classmethod
     def dense_limit(cls, length: int, causal: bool) -> SlidingWindowConfig:
         return cls(window=max(length, 1))
 

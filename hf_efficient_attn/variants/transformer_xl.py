@@ -38,6 +38,10 @@ class TransformerXLConfig(EfficientAttentionConfig):
         return cls(segment_size=5, memory_size=7, num_sinks=2)
 
     @classmethod
+    def variations(cls, causal: bool) -> list[TransformerXLConfig]:
+        return [cls(segment_size=8, memory_size=0), cls(segment_size=4, memory_size=10, num_sinks=0)]
+
+    @classmethod
     def dense_limit(cls, length: int, causal: bool) -> TransformerXLConfig:
         if causal:
             return cls(segment_size=8, memory_size=length)
