@@ -3,14 +3,14 @@ Attention by feature maps in linear time: with phi(q_t), phi(k_j) of m features,
 
     out_t = sum_j phi(q_t) . phi(k_j) v_j / sum_j phi(q_t) . phi(k_j),        j <= t in a decoder, all j in an encoder,
 
-from sums S = sum_j phi(k_j) [v_j, 1]^T of shape (m, D + 1) (Katharopoulos et al. 2020, arXiv:2006.16236). A decoder's
+from sums S = sum_j [v_j, 1] phi(k_j)^T of shape (D + 1, m) (Katharopoulos et al. 2020, arXiv:2006.16236). A decoder's
 tokens are cut into chunks: weights inside a chunk are formed, what lies before it is read from S, which costs about
 2 m D + CHUNK m multiplications per token and head. Features exist for one span of tokens at a time and are made again
 in the backward pass; only the inputs, the output and a decoder's S at the start of each span are kept: memory linear
 in N.
 
 Exponential features (`Features.logarithmic`) are given by their logarithms l and never overflow. A reference r per
-feature divides out: phi(k) = exp(l(k) - r), phi(q) = exp(l(q) + r - max over features), and S is stored relative to the
+feature divides out: phi(k) = exp(l(k) - r), phi(q) = softmax(l(q) + r) over features, and S is stored relative to the
 running maximum of l(k). In a span r lies midway between the maximum up to its first key and up to its last, and a span
 over which the maximum rises by more than `REACH` is cut in two. So each query meets, in the feature that matters most
 to it, a key whose weight is not lost in rounding, and its normaliser is never 0.
@@ -21,11 +21,13 @@ cut into L chunks of C.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..caching import AttentionState
 
@@ -55,7 +57,7 @@ class Features:
 @dataclass(frozen=True)
 class Sums:
     """
-    What a decoder remembers. total: (B, G, m, D + 1). top: (B, G, m), the largest log phi(k) of each feature, to which
+    What a decoder remembers. total: (B, G, D + 1, m). top: (B, G, m), the largest log phi(k) of each feature, to which
     `total` is relative; -inf before the first key, 0 where features are not logarithmic.
     """
 
@@ -102,7 +104,7 @@ def linear_attention(
     if before is None:
         accurate = torch.promote_types(query.dtype, torch.float32)
         top = query.new_full((*key.shape[:2], features.size), NEVER if features.logarithmic else 0.0, dtype=accurate)
-        before = Sums(top.new_zeros(*top.shape, value.shape[3] + 1), top)
+        before = Sums(top.new_zeros(*top.shape[:2], value.shape[3] + 1, features.size), top)
     function = _Causal if causal else _Bidirectional
     output, total, top = function.apply(
         features, lengths, query, key, value, before.total, before.top, *features.params
@@ -113,24 +115,23 @@ def linear_attention(
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
-        inputs = query, key, value
+        maps = _maps(features, query, key, params, top.dtype)
         output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         pending, spans, states = _spans(query.shape[2])[::-1], [], []
         while pending:
             place = pending.pop()
-            span = _Span.of(features, inputs, params, lengths, place, top)
+            span = _Span.of(features, *maps, value, lengths, place, top)
             if span is None:
                 pending += _halves(place)
                 continue
             spans.append(place)
             states += [total, top]
-            before, total = _running(span.phi_k.mT @ span.value, _rescale(total, span.enter))
-            read = span.lower(span.phi_q @ span.phi_k.mT) @ span.value
-            read += span.phi_q @ before
+            before, total = span.before(total)
+            read = torch.bmm(span.weights(), span.value).baddbmm_(span.phi_q, before.mT)
             _divide(span.by_token(read), features.floor, output[:, :, place], normaliser[:, :, place])
             total, top = _rescale(total, span.leave), span.top
         ctx.features, ctx.spans = features, spans
-        ctx.save_for_backward(*inputs, output, normaliser, lengths, *params, *states)
+        ctx.save_for_backward(query, key, value, output, normaliser, lengths, *params, *states)
         ctx.mark_non_differentiable(top)
         ctx.set_materialize_grads(False)
         return output, total, top
@@ -139,44 +140,41 @@ class _Causal(torch.autograd.Function):
     def backward(ctx, grad, grad_total, _):
         features, (query, key, value, output, normaliser, lengths, *rest) = ctx.features, ctx.saved_tensors
         params, states = rest[: len(features.params)], rest[len(features.params) :]
-        slopes = _Slopes(features, query, key, params, ctx.needs_input_grad[7:])
-        grad_value = torch.empty_like(value)
+        map_q, map_k = _maps(features, query, key, params, normaliser.dtype, ctx.needs_input_grad[7:])
+        grad_value, d = torch.empty_like(value), value.shape[3]
         grad = torch.zeros_like(output) if grad is None else grad
         grad_total = torch.zeros_like(states[0]) if grad_total is None else grad_total
         for place, total, top in zip(ctx.spans[::-1], states[-2::-2], states[::-2], strict=True):
-            span = _Span.of(features, (query, key, value), params, lengths, place, top)
+            span = _Span.of(features, map_q, map_k, value, lengths, place, top)
             slope = span.by_chunk(_of_quotient(grad, output, normaliser, features.floor, place))
-            before, _ = _running(span.phi_k.mT @ span.value, _rescale(total, span.enter))
-            after, grad_total = _running((span.phi_q.mT @ slope).flip(2), _rescale(grad_total, span.leave))
-            after, grad_total = after.flip(2), _rescale(grad_total, span.enter)
-            weights = span.lower(span.phi_q @ span.phi_k.mT)
-            grad_value[:, :, place] = span.by_token(weights.mT @ slope + span.phi_k @ after)[..., :-1]
-            weights = span.lower(slope @ span.value.mT)
-            of_q, of_k = weights @ span.phi_k, weights.mT @ span.phi_q
-            of_q += slope @ before.mT
-            of_k += span.value @ after.mT
-            slopes.query(place, span.by_token(of_q), span.by_token(span.phi_q))
-            slopes.key(place, span.by_token(of_k), span.by_token(span.phi_k), lengths)
-        return None, None, slopes.of_query, slopes.of_key, grad_value, grad_total, None, *slopes.of_params
+            after, grad_total = span.after(slope, grad_total)
+            of_value = torch.bmm(span.weights().mT, slope[..., :d]).baddbmm_(span.phi_k, after[:, :d].mT)
+            grad_value[:, :, place] = span.by_token(of_value)
+            weights = span.lower(torch.bmm(slope, span.value.mT))
+            of_q = torch.bmm(weights, span.phi_k).baddbmm_(slope, span.before(total)[0])
+            of_k = torch.bmm(weights.mT, span.phi_q).baddbmm_(span.value, after)
+            map_q.pull(place, span.by_token(of_q), span.by_token(span.phi_q))
+            map_k.pull(place, span.by_token(of_k), span.by_token(span.phi_k), lengths)
+        return None, None, map_q.of_x, map_k.of_x, grad_value, grad_total, None, *map_q.of_params
 
 
 class _Bidirectional(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
-        spans = _spans(query.shape[2])
+        map_q, map_k = _maps(features, query, key, params, top.dtype)
+        spans, groups = _spans(query.shape[2]), key.shape[1]
         for place in spans:
-            raw, reference = _raw_key(features, key, params, lengths, place, top.dtype), None
+            raw, reference = map_k(place, lengths), None
             if features.logarithmic:
                 higher = torch.maximum(top, raw.amax(2))
                 reference = _finite(higher)
                 total, top = _rescale(total, torch.exp(top - reference)), higher
-            total = total + _exp_key(raw, reference).mT @ _with_one(value, place, top.dtype)
+            total = total + _with_one(value, place, top.dtype).mT @ _exp_key(raw, reference)
         reference = _finite(top) if features.logarithmic else None
         output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         for place in spans:
-            phi = _query_features(features, query, params, place, top.dtype, reference, key.shape[1])
-            read = _ungroup(_group(phi, key.shape[1]) @ total, query.shape[1])
-            _divide(read, features.floor, output[:, :, place], normaliser[:, :, place])
+            read = _group(_exp_query(map_q(place), reference, groups), groups) @ total.mT
+            _divide(_ungroup(read, query.shape[1]), features.floor, output[:, :, place], normaliser[:, :, place])
         ctx.features = features
         ctx.save_for_backward(query, key, value, output, normaliser, lengths, total, reference, *params)
         ctx.mark_non_differentiable(total, top)
@@ -186,28 +184,30 @@ class _Bidirectional(torch.autograd.Function):
     def backward(ctx, grad, _, __):
         features = ctx.features
         query, key, value, output, normaliser, lengths, total, reference, *params = ctx.saved_tensors
-        slopes = _Slopes(features, query, key, params, ctx.needs_input_grad[7:])
-        grad_value, grad_total, groups = torch.empty_like(value), torch.zeros_like(total), key.shape[1]
-        for place in _spans(query.shape[2]):
-            phi = _query_features(features, query, params, place, total.dtype, reference, groups)
+        map_q, map_k = _maps(features, query, key, params, total.dtype, ctx.needs_input_grad[7:])
+        spans, groups = _spans(query.shape[2]), key.shape[1]
+        grad_value, grad_total = torch.empty_like(value), torch.zeros_like(total)
+        for place in spans:
+            phi = _exp_query(map_q(place), reference, groups)
             slope = _group(_of_quotient(grad, output, normaliser, features.floor, place), groups)
-            grad_total += _group(phi, groups).mT @ slope
-            slopes.query(place, _ungroup(slope @ total.mT, query.shape[1]), phi)
-        for place in _spans(query.shape[2]):
-            phi = _exp_key(_raw_key(features, key, params, lengths, place, total.dtype), reference)
-            grad_value[:, :, place] = (phi @ grad_total)[..., :-1]
-            slopes.key(place, _with_one(value, place, total.dtype) @ grad_total.mT, phi, lengths)
-        return None, None, slopes.of_query, slopes.of_key, grad_value, None, None, *slopes.of_params
+            grad_total += slope.mT @ _group(phi, groups)
+            map_q.pull(place, _ungroup(slope @ total, query.shape[1]), phi)
+        for place in spans:
+            phi = _exp_key(map_k(place, lengths), reference)
+            grad_value[:, :, place] = phi @ grad_total[:, :, :-1].mT
+            map_k.pull(place, _with_one(value, place, total.dtype) @ grad_total, phi, lengths)
+        return None, None, map_q.of_x, map_k.of_x, grad_value, None, None, *map_q.of_params
 
 
 @dataclass(frozen=True)
 class _Span:
     """
-    The features of a span of a decoder's tokens by chunks: phi_q (B, G, L, H / G C, m), phi_k (B, G, L, C, m), value
-    (B, G, L, C, D + 1) with ones behind. top: the running maximum after it. enter, leave: the factors (B, G, m) that
-    take sums from the maximum before the span to its reference, and from there to `top`; None without logarithms.
+    The features of a span of a decoder's tokens by chunks, P = B G L: phi_q (P, H / G C, m), phi_k (P, C, m), value
+    (P, C, D + 1) with ones behind. top: the running maximum after it. enter, leave: the factors (B, G, m) that take
+    sums from the maximum before the span to its reference, and from there to `top`; None without logarithms.
     """
 
+    batch: int
     groups: int
     chunk: int
     phi_q: Tensor
@@ -218,11 +218,10 @@ class _Span:
     leave: Tensor | None
 
     @staticmethod
-    def of(features: Features, inputs, params, lengths, place: slice, top: Tensor) -> _Span | None:
+    def of(features: Features, map_q: _Map, map_k: _Map, value, lengths, place: slice, top: Tensor) -> _Span | None:
         """None where the running maximum rises too much over the span."""
-        (query, key, value), accurate = inputs, top.dtype
         reference = enter = leave = None
-        raw, length = _raw_key(features, key, params, lengths, place, accurate), place.stop - place.start
+        raw, length = map_k(place, lengths), place.stop - place.start
         if features.logarithmic:
             low, high = torch.maximum(top, raw[:, :, 0]), torch.maximum(top, raw.amax(2))
             if length > 1 and bool(((high - low) > REACH).any()):
@@ -230,56 +229,93 @@ class _Span:
             reference = _finite((low + high) / 2)
             enter, leave = torch.exp(top - reference), torch.exp(reference - _finite(high))
             top = high
-        groups, chunk = key.shape[1], CHUNK if length % CHUNK == 0 else length
-        phi_q = _query_features(features, query, params, place, accurate, reference, groups)
-        three = phi_q, _exp_key(raw, reference), _with_one(value, place, accurate)
-        return _Span(groups, chunk, *(_by_chunk(x, groups, chunk) for x in three), top, enter, leave)
+        batch, groups, chunk = *value.shape[:2], CHUNK if length % CHUNK == 0 else length
+        phi_q = _exp_query(map_q(place), reference, groups)
+        three = phi_q, _exp_key(raw, reference), _with_one(value, place, top.dtype)
+        return _Span(batch, groups, chunk, *(_by_chunk(x, groups, chunk) for x in three), top, enter, leave)
 
     def by_chunk(self, x: Tensor) -> Tensor:
-        """(B, H, T, E) -> (B, G, L, H / G C, E)."""
+        """(B, H, T, E) -> (P, H / G C, E)."""
         return _by_chunk(x, self.groups, self.chunk)
 
     def by_token(self, x: Tensor) -> Tensor:
         """Inverse of `by_chunk`."""
-        return x.unflatten(3, (-1, self.chunk)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        x = x.unflatten(1, (-1, self.chunk)).unflatten(0, (self.batch, self.groups, -1))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def weights(self) -> Tensor:
+        """Inside chunks: (P, H / G C, C)."""
+        return self.lower(torch.bmm(self.phi_q, self.phi_k.mT))
 
     def lower(self, weights: Tensor) -> Tensor:
-        """Weights inside chunks (B, G, L, H / G C, C), zeroed in place where the key comes after the query."""
+        """Zeroed in place where the key comes after the query."""
         past = torch.ones(self.chunk, self.chunk, dtype=weights.dtype, device=weights.device).tril_()
-        weights.unflatten(3, (-1, self.chunk)).mul_(past)
+        weights.unflatten(1, (-1, self.chunk)).mul_(past)
         return weights
 
+    def before(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums (P, D + 1, m) before each chunk and (B, G, D + 1, m) after all, from those before the span."""
+        added = torch.bmm(self.value.mT, self.phi_k)
+        return self._running(added, _rescale(total, self.enter), 1)
 
-class _Slopes:
-    """Gradients of the inputs and the parameters from those of the features, span by span."""
+    def after(self, slope: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor]:
+        """What later queries ask of each chunk's sums, and what those of this span and later ones ask before it."""
+        added = torch.bmm(slope.mT, self.phi_q)
+        after, grad_total = self._running(added, _rescale(grad_total, self.leave), -1)
+        return after, _rescale(grad_total, self.enter)
 
-    def __init__(self, features: Features, query: Tensor, key: Tensor, params, wanted) -> None:
-        self.features, self.inputs, self.params = features, (query, key), params
-        self.of_query, self.of_key = torch.empty_like(query), torch.empty_like(key)
-        self.of_params = [torch.zeros_like(p) if want else None for p, want in zip(params, wanted, strict=True)]
+    def _running(self, added: Tensor, start: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Sums of what comes before each chunk in this direction, and of all."""
+        added = added.unflatten(0, (self.batch, self.groups, -1))
+        sums, chunks = torch.empty_like(added), range(added.shape[2])[::step]
+        sums[:, :, chunks[0]] = start
+        for one, following in itertools.pairwise(chunks):
+            torch.add(sums[:, :, one], added[:, :, one], out=sums[:, :, following])
+        return sums.flatten(0, 2), sums[:, :, chunks[-1]] + added[:, :, chunks[-1]]
 
-    def query(self, place: slice, slope: Tensor, phi: Tensor) -> None:
-        """slope: the gradient of phi, the features of the queries at `place`; may be overwritten."""
-        self._pull(self.features.query, self.inputs[0], self.of_query, place, slope, phi)
 
-    def key(self, place: slice, slope: Tensor, phi: Tensor, lengths: Tensor | None) -> None:
+class _Map:
+    """
+    One feature map over the spans of its input. In a backward pass `wanted` says which parameters need gradients; what
+    a span gave is then pulled back to the gradients `of_x` and `of_params`.
+    """
+
+    def __init__(self, function, x, params, accurate, logarithmic, of_params=None) -> None:
+        self.function, self.x, self.params, self.accurate, self.logarithmic = function, x, params, accurate, logarithmic
+        self.backward, self.of_params = of_params is not None, of_params
+        if self.backward:
+            self.of_x = torch.empty_like(x)
+            pairs = zip(params, of_params, strict=True)
+            self.params = [p.detach().requires_grad_(total is not None) for p, total in pairs]
+
+    def __call__(self, place: slice, lengths: Tensor | None = None) -> Tensor:
+        """What the map gives for these tokens; padding weighs nothing."""
+        with torch.set_grad_enabled(self.backward):
+            self.leaf = self.x[:, :, place].detach().requires_grad_(self.backward)
+            self.given = self.function(self.leaf.to(self.accurate), *self.params)
+        raw = self.given.detach()
+        return raw if lengths is None else raw.masked_fill(_padded(lengths, place), NEVER if self.logarithmic else 0.0)
+
+    def pull(self, place: slice, slope: Tensor, phi: Tensor, lengths: Tensor | None = None) -> None:
+        """slope: the gradient of phi, the features of the tokens at `place`, for which the map was called last."""
+        if self.logarithmic:
+            slope = slope * phi
         if lengths is not None:
             slope = slope.masked_fill(_padded(lengths, place), 0)
-        self._pull(self.features.key, self.inputs[1], self.of_key, place, slope, phi)
-
-    def _pull(self, function, x, of_x, place, slope, phi) -> None:
-        if self.features.logarithmic:
-            slope = slope * phi
-        with torch.enable_grad():
-            leaf = x[:, :, place].detach().requires_grad_()
-            pairs = zip(self.params, self.of_params, strict=True)
-            params = [p.detach().requires_grad_(total is not None) for p, total in pairs]
-            raw = function(leaf.to(slope.dtype), *params)
-        wanted = [leaf, *(p for p in params if p.requires_grad)]
-        of_x[:, :, place], *found = torch.autograd.grad(raw, wanted, slope, allow_unused=True)
+        wanted = [self.leaf, *(p for p in self.params if p.requires_grad)]
+        self.of_x[:, :, place], *found = torch.autograd.grad(self.given, wanted, slope, allow_unused=True)
         for total, part in zip((t for t in self.of_params if t is not None), found, strict=True):
             if part is not None:
                 total += part
+
+
+def _maps(features: Features, query, key, params, accurate: torch.dtype, wanted=None) -> tuple[_Map, _Map]:
+    """The query map and the key map; they share `of_params`."""
+    of_params = None
+    if wanted is not None:
+        of_params = [torch.zeros_like(p) if want else None for p, want in zip(params, wanted, strict=True)]
+    rest = params, accurate, features.logarithmic, of_params
+    return _Map(features.query, query, *rest), _Map(features.key, key, *rest)
 
 
 def _spans(length: int) -> list[slice]:
@@ -296,17 +332,8 @@ def _halves(place: slice) -> list[slice]:
     return [slice(middle, place.stop), slice(place.start, middle)]
 
 
-def _running(added: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """added (B, G, L, ...), start (B, G, ...) -> start plus what comes before each of the L, and start plus all."""
-    before = torch.empty_like(added)
-    for i in range(added.shape[2]):
-        before[:, :, i] = start
-        start = start + added[:, :, i]
-    return before, start
-
-
 def _rescale(total: Tensor, factor: Tensor | None) -> Tensor:
-    return total if factor is None else total * factor[..., None]
+    return total if factor is None else total * factor[:, :, None]
 
 
 def _finite(top: Tensor) -> Tensor:
@@ -321,30 +348,22 @@ def _padded(lengths: Tensor, place: slice) -> Tensor:
 
 def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:
     """(B, G, T, D) -> (B, G, T, D + 1): the last column sums up the weights."""
-    value = value[:, :, place].to(accurate)
-    return torch.cat([value, value.new_ones(*value.shape[:3], 1)], 3)
-
-
-def _raw_key(features: Features, key: Tensor, params, lengths, place: slice, accurate: torch.dtype) -> Tensor:
-    """What the key map gives; padding weighs nothing."""
-    raw = features.key(key[:, :, place].to(accurate), *params)
-    return raw if lengths is None else raw.masked_fill(_padded(lengths, place), NEVER if features.logarithmic else 0.0)
+    return pad(value[:, :, place].to(accurate), (0, 1), value=1.0)
 
 
 def _exp_key(raw: Tensor, reference: Tensor | None) -> Tensor:
     return raw if reference is None else (raw - reference[:, :, None]).exp_()
 
 
-def _query_features(features, query, params, place, accurate, reference: Tensor | None, groups: int) -> Tensor:
-    raw = features.query(query[:, :, place].to(accurate), *params)
+def _exp_query(raw: Tensor, reference: Tensor | None, groups: int) -> Tensor:
+    """Divided by their sum, which cancels."""
     if reference is None:
         return raw
-    raw = raw.unflatten(1, (groups, -1)) + reference[:, :, None, None]
-    return raw.sub_(raw.amax(-1, keepdim=True)).exp_().flatten(1, 2)
+    return (raw.unflatten(1, (groups, -1)) + reference[:, :, None, None]).softmax(-1).flatten(1, 2)
 
 
 def _by_chunk(x: Tensor, groups: int, chunk: int) -> Tensor:
-    return x.unflatten(2, (-1, chunk)).unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
+    return x.unflatten(2, (-1, chunk)).unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def _group(x: Tensor, groups: int) -> Tensor:

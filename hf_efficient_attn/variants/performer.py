@@ -5,7 +5,7 @@ with q and k times sqrt(scaling), the m directions w orthogonal within blocks of
 kernel="relu" is the generalised form phi(x) = relu(w . x) / sqrt(m), which estimates another kernel.
 
 Paper: Choromanski et al. 2021, Rethinking attention with Performers, arXiv:2009.14794. Cost N m D. Decoder: sums
-(G, m, D + 1) and a maximum per feature (G, m), O(1). No dense limit: the error falls as 1 / sqrt(m) where q and k are
+(G, D + 1, m) and a maximum per feature (G, m), O(1). No dense limit: the error falls as 1 / sqrt(m) where q and k are
 small, but its constant grows as exp(|q + k|^2 / 2), so that with pretrained weights a patched model must be trained.
 
 Directions belong to key/value heads and are a buffer, `features` (G, m, D), drawn from `seed` and saved with the model;
@@ -47,6 +47,10 @@ class PerformerConfig(EfficientAttentionConfig):
     def tiny(cls, causal: bool) -> PerformerConfig:
         return cls(num_features=12)
 
+    @classmethod
+    def variations(cls, causal: bool) -> list[PerformerConfig]:
+        return [cls(num_features=12, kernel="relu"), cls(num_features=3, seed=5)]
+
 
 class _Open:
     """A training forward whose backward pass has not come; it lives as long as the forward's graph."""
@@ -56,7 +60,7 @@ class _Open:
     "performer",
     family="kernels",
     summary="positive orthogonal random features of the softmax kernel",
-    paper="Choromanski 2021, arXiv:2009.14794",
+    paper="Choromanski 2020, arXiv:2009.14794",
 )
 class PerformerAttention(EfficientAttention):
     config_class = PerformerConfig
@@ -68,7 +72,14 @@ class PerformerAttention(EfficientAttention):
         if config.redraw_interval:
             self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device="cpu"))
             self.register_buffer("drawn", torch.zeros(1, dtype=torch.int64, device="cpu"))
-            self._open: weakref.WeakSet[_Open] = weakref.WeakSet()
+        self._open: weakref.WeakSet[_Open] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict:
+        return {name: x for name, x in self.__dict__.items() if name != "_open"}  # belongs to graphs, which stay behind
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._open = weakref.WeakSet()
 
     def draw(self, number: int) -> Tensor:
         """Set `number` of directions, (G, m, D) float32 on the CPU."""
@@ -98,7 +109,7 @@ class PerformerAttention(EfficientAttention):
             return _project(x, w)
 
         def key(x: Tensor, w: Tensor) -> Tensor:
-            return _project(x, w) - scaling / 2 * x.square().sum(-1, keepdim=True)
+            return _project(x, w).sub_(scaling / 2 * x.square().sum(-1, keepdim=True))
 
         return Features(query, key, directions.shape[1], (directions * math.sqrt(scaling),), logarithmic=True)
 

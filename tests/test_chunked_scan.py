@@ -1,0 +1,111 @@
+"""Linear attention by chunks is the explicit sum over keys: values, gradients, splits into calls, extreme features."""
+
+import pytest
+import torch
+
+from hf_efficient_attn.ops import chunked_scan
+from hf_efficient_attn.ops.chunked_scan import Features, linear_attention
+
+GROUPS, HEADS, SIZE, WIDTH = 2, 4, 5, 6
+
+
+@pytest.fixture(autouse=True)
+def small_spans(monkeypatch):
+    monkeypatch.setattr(chunked_scan, "SPAN", 16)
+    monkeypatch.setattr(chunked_scan, "CHUNK", 4)
+
+
+def project(x, w):
+    return torch.einsum("bgrtd,gmd->bgrtm", x.unflatten(1, (GROUPS, -1)), w).flatten(1, 2)
+
+
+def maps(logarithmic: bool) -> Features:
+    w = torch.randn(GROUPS, SIZE, WIDTH, dtype=torch.float64, requires_grad=True)
+    if logarithmic:
+        return Features(project, lambda x, w: project(x, w) - x.square().sum(-1, keepdim=True) / 2, SIZE, (w,), True)
+    return Features(lambda x, w: project(x, w).exp(), lambda x, w: project(x, w).exp(), SIZE, (w,))
+
+
+def inputs(length: int, scale: float):
+    shapes = [(HEADS, scale), (GROUPS, scale), (GROUPS, 1.0)]
+    return [(s * torch.randn(2, h, length, WIDTH, dtype=torch.float64)).requires_grad_() for h, s in shapes]
+
+
+def explicit(query, key, value, features, causal, lengths=None):
+    """Through log-sum-exp over features, so that nothing over- or underflows."""
+    phi_q, phi_k = features.query(query, *features.params), features.key(key, *features.params)
+    if not features.logarithmic:
+        phi_q, phi_k = phi_q.log(), phi_k.log()
+    phi_k, value = phi_k.repeat_interleave(HEADS // GROUPS, 1), value.repeat_interleave(HEADS // GROUPS, 1)
+    weights = (phi_q[:, :, :, None] + phi_k[:, :, None]).logsumexp(-1)
+    n = query.shape[2]
+    if causal:
+        weights = weights.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), float("-inf"))
+    if lengths is not None:
+        weights = weights.masked_fill((torch.arange(n) >= lengths[:, None])[:, None, None], float("-inf"))
+    return weights.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("logarithmic", "scale"), [(False, 0.5), (True, 0.5), (True, 12.0)])
+def test_it_is_the_sum_over_keys(logarithmic, scale, causal):
+    features = maps(logarithmic)
+    for length in (1, 3, 4, 5, 16, 17, 37):
+        args = inputs(length, scale)
+        for lengths in (None, torch.tensor([length, (length + 1) // 2])):
+            got, _ = linear_attention(*args, features, causal=causal, lengths=lengths)
+            want = explicit(*args, features, causal, lengths)
+            weight = torch.randn_like(got)
+            if lengths is not None:
+                weight *= (torch.arange(length) < lengths[:, None])[:, None, :, None]
+            torch.testing.assert_close(got * (weight != 0), want * (weight != 0), atol=1e-10, rtol=1e-10)
+            leaves = (*args, *features.params)
+            grads = [torch.autograd.grad((x * weight).sum(), leaves, retain_graph=True) for x in (got, want)]
+            for ours, theirs in zip(*grads, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-8 * theirs.abs().max().item() + 1e-9, rtol=0)
+
+
+def test_calls_continue_one_another_with_their_gradients():
+    features, args = maps(True), inputs(37, 0.5)
+    full, _ = linear_attention(*args, features, causal=True)
+    sums, parts, begin = None, [], 0
+    for size in (1, 7, 20, 2, 7):
+        part = [x[:, :, begin : begin + size] for x in args]
+        output, sums = linear_attention(*part, features, causal=True, before=sums)
+        parts.append(output)
+        begin += size
+    torch.testing.assert_close(torch.cat(parts, 2), full, atol=1e-12, rtol=0)
+    weight = torch.randn_like(full)
+    grads = [torch.autograd.grad((x * weight).sum(), args) for x in (torch.cat(parts, 2), full)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+    alone, _ = linear_attention(*[x[:, :, 30:] for x in args], features, causal=True)
+    assert (alone - full[:, :, 30:]).abs().max() > 1e-2
+
+
+def test_a_later_key_of_enormous_weight_does_not_drown_earlier_queries():
+    """In float32, with keys whose features are e^200 apart inside one span."""
+    features, (query, key, value) = maps(True), inputs(16, 1.0)
+    with torch.no_grad():
+        key[:, :, :8] *= 12  # exp(-|k|^2 / 2) is about e^-400
+        key[:, :, 8:] *= 0.1
+    want = explicit(query, key, value, features, True)
+    single = Features(features.query, features.key, SIZE, (features.params[0].detach().float(),), True)
+    args = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    got, _ = linear_attention(*args, single, causal=True)
+    raw = features.key(key, *features.params)
+    assert (raw[:, :, 8:].amax(2) - raw[:, :, :8].amax(2)).max() > 100  # exp of this overflows float32
+    torch.testing.assert_close(got.double(), want, atol=1e-3, rtol=0)
+    got.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in args)
+
+
+def test_nothing_in_common_fades_to_zero():
+    features = Features(torch.relu, torch.relu, WIDTH, floor=1e-6)
+    query, key, value = inputs(5, 1.0)
+    with torch.no_grad():
+        query[:, :, 3] = -1
+    output, _ = linear_attention(query, key, value, features, causal=True)
+    assert (output[:, :, 3] == 0).all() and (output[:, :, 2] != 0).any()
+    output.sum().backward()
+    assert torch.isfinite(key.grad).all() and (query.grad[:, :, 3] == 0).all() and (query.grad[:, :, 2] != 0).any()
