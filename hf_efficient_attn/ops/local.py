@@ -1,11 +1,10 @@
 """
-Local attention in blocks: a token's own block and the keys just before (and, in an encoder, after) it, in one softmax
-with a few tokens that everyone sees. Shared by `block`, `sliding_window` and `transformer_xl`.
+Local attention in tiles: blocks of queries, each with the window of keys around it, in one softmax with a few tokens that
+everyone sees. Shared by `block`, `sliding_window` and `transformer_xl`.
 
 A pattern (`Segments`, `Band`) says which past keys a decoder's token t sees exactly; sinks, the first positions of the
-sequence, join them once they lie outside that range. Whole blocks go through fused kernels: causal inside the own
-block, full on memory, and the older half of a band, where key slot j > query slot t of the block before, by the causal
-kernel again after both are flipped. Rows padded behind their real tokens need no mask in a decoder.
+sequence, join them once they lie outside that range. All tiles have the same mask, since rows are padded behind their real
+tokens, and overlapping windows are views, so that the fused kernel reads keys where they lie.
 
 Letters: B batch, H query heads, G key/value heads, N tokens of this call, S slots of the buffer (what a decoder's state
 holds, then the new tokens), D head size, b block size, P = B x blocks, w window, d dilation.
@@ -24,6 +23,8 @@ from ..caching import AttentionState, Count, TokenStore, take
 from .exact import exact_attention, masked_attention, sdpa
 from .joint import Part, joint_attention
 
+TILE = 32, 128  # queries per tile of a band, fewest and most: fewer read less in vain, more make better use of a kernel
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -35,19 +36,11 @@ class Blocks:
     size: int
 
     @staticmethod
-    def cover(x: Tensor, start: int, size: int) -> Blocks:
-        """The blocks that hold the slots start.. of x (B, H, S, D)."""
-        return Blocks(x.shape[0], start, -(-(x.shape[2] - start) // size), size)
-
-    def fill(self, x: Tensor, begin: int) -> Tensor:
-        """x, whose first slot is `begin`, with zeros behind it up to the end of the last block."""
-        short = self.start + self.count * self.size - begin - x.shape[2]
-        return pad(x, (0, 0, 0, short)) if short > 0 else x
-
-    def split(self, x: Tensor, shift: int = 0) -> Tensor:
-        """Keys (B, G, S, D) -> (P, G, b, D), for each block the one that begins `shift` slots further."""
-        begin = self.start + shift
-        return self.arrange(x[:, :, begin : begin + self.count * self.size])
+    def cover(batch: int, start: int, end: int, size: int) -> list[Blocks]:
+        """Slots start..end-1: whole blocks, and a last one of the rest."""
+        count, rest = divmod(end - start, size)
+        whole = [Blocks(batch, start, count, size)] if count else []
+        return whole + ([Blocks(batch, end - rest, 1, rest)] if rest else [])
 
     def arrange(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """(B, H, count b, E) -> (P, H, b, E)."""
@@ -57,13 +50,32 @@ class Blocks:
         """(P, H, b, E) -> (B, H, count b, 1, E)."""
         return x.unflatten(0, (self.batch, self.count)).transpose(1, 2).flatten(2, 3).unsqueeze(3)
 
-    def before(self, x: Tensor, tokens: int) -> Tensor:
-        """Keys (B, G, S, D) -> (P, G, tokens, D), the slots just before each block."""
-        whole, rest = divmod(tokens, self.size)
-        parts = [self.split(x, -shift * self.size) for shift in range(whole, 0, -1)]
-        if rest:
-            parts.insert(0, self.split(x, -(whole + 1) * self.size)[:, :, -rest:])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    def windows(self, x: Tensor, back: int, ahead: int) -> Tensor:
+        """(B, G, S, D) -> (P, G, back + b + ahead, D): each block's slots with those before and after it."""
+        if back == ahead == 0:
+            return self.arrange(x[:, :, self.start : self.start + self.count * self.size])
+        x = x[:, :, self.start - back : self.start + self.count * self.size + ahead]
+        return x.unfold(2, back + self.size + ahead, self.size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    def add_windows(self, total: Tensor, x: Tensor, back: int) -> None:
+        """Transpose of `windows`: adds x (P, G, L, D) to total (B, G, S, D) in place."""
+        x = x.unflatten(0, (self.batch, self.count)).permute(0, 2, 1, 4, 3)
+        for offset in range(0, x.shape[4], self.size):
+            piece = x[..., offset : offset + self.size]
+            begin, width = self.start - back + offset, piece.shape[4]
+            end = begin + (self.count - 1) * self.size + width
+            total[:, :, begin:end].unfold(2, width, self.size).add_(piece)
+
+    def part(self, key: Tensor, value: Tensor, skip: int = 0, back: int = 0, ahead: int = 0, **options) -> Part:
+        """These queries, of which slot `skip` is the first of the call, on their windows of key and value."""
+        begin = self.start - skip
+        return Part(
+            key, value, self.arrange, self.collect,
+            gather=lambda x: self.windows(x, back, ahead),
+            scatter=lambda total, x: self.add_windows(total, x, back),
+            span=(begin, begin + self.count * self.size),
+            **options,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,33 @@ class Segments:
     dilation = 1
 
     @property
+    def tile(self) -> int:
+        """Queries per tile; tiles begin at multiples of `step`."""
+        return self.block
+
+    @property
+    def step(self) -> int:
+        return self.block
+
+    @property
+    def back(self) -> int:
+        """Keys before its own that a tile reads."""
+        return self.memory
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query of a tile sees all of the window up to itself, which is its tile alone."""
+        return self.memory == 0
+
+    @property
     def before(self) -> int:
-        """Slots in whole blocks that hold what a block's first token sees."""
+        """The first slot, a multiple of `step`, with as many slots before it as a tile reads."""
         return -(-self.memory // self.block) * self.block
+
+    @property
+    def full(self) -> int:
+        """Slots from 0 that see every slot before them."""
+        return (self.memory // self.block + 1) * self.block
 
     @property
     def stored(self) -> int:
@@ -85,7 +121,7 @@ class Segments:
         return self.before + self.block
 
     def needed_from(self, count: Count) -> Count:
-        """The oldest position that later tokens need when `count` have come, at the start of a block."""
+        """The oldest position that later tokens need when `count` have come, a multiple of `step`."""
         return count // self.block * self.block - self.before
 
     def near(self, t: Tensor, j: Tensor) -> Tensor:
@@ -96,31 +132,42 @@ class Segments:
         """The first t whose exact part has none of positions 0..positions-1, nor has any later one."""
         return -(-(positions + self.memory) // self.block) * self.block
 
-    def past(self, key: Tensor, value: Tensor, blocks: Blocks) -> list[Part]:
-        """What queries in `blocks` see of the blocks before."""
-        if self.memory == 0:
-            return []
-        return [Part(*(blocks.before(x, self.memory) for x in (key, value)), blocks.arrange, blocks.collect)]
+    def visible(self, t: Tensor, j: Tensor) -> Tensor:
+        """What query t of a tile sees of its window; both are counted from the tile's first query."""
+        return j <= t
 
 
 @dataclass(frozen=True)
 class Band:
-    """Token t sees t, t - dilation, ..., t - (window - 1) dilation. Its blocks are as long as the window."""
+    """Token t sees t, t - dilation, ..., t - (window - 1) dilation. Tiles are of residue classes where dilation > 1."""
 
     window: int
     dilation: int = 1
+    causal = False
 
     @property
-    def block(self) -> int:
-        return self.window
+    def tile(self) -> int:
+        return min(max(self.window, TILE[0]), TILE[1])
+
+    @property
+    def step(self) -> int:
+        return self.dilation
+
+    @property
+    def back(self) -> int:
+        return self.window - 1
 
     @property
     def before(self) -> int:
-        return self.window * self.dilation
+        return (self.window - 1) * self.dilation
+
+    @property
+    def full(self) -> int:
+        return self.window
 
     @property
     def stored(self) -> int:
-        return self.window * self.dilation
+        return (self.window - 1) * self.dilation
 
     def needed_from(self, count: Count) -> Count:
         return count - self.stored
@@ -131,56 +178,45 @@ class Band:
     def far_from(self, positions: int) -> int:
         return self.window * self.dilation + positions - 1
 
-    def past(self, key: Tensor, value: Tensor, blocks: Blocks) -> list[Part]:
-        return [] if self.window == 1 else [_older_half(key, value, blocks, 1)]
-
-
-def _older_half(key: Tensor, value: Tensor, blocks: Blocks, gap: int) -> Part:
-    """Of the block before, query slot t sees key slots j >= t + gap: causal once both are flipped."""
-
-    def arrange(x: Tensor, fill: float) -> Tensor:
-        return blocks.arrange(x)[:, :, : blocks.size - gap].flip(2)
-
-    def collect(x: Tensor, fill: float) -> Tensor:
-        x = x.flip(2)
-        return blocks.collect(pad(x, (0, 0, 0, gap), value=fill) if gap else x)
-
-    key, value = (blocks.split(x, -blocks.size)[:, :, gap:].flip(2) for x in (key, value))
-    return Part(key, value, arrange, collect, causal=True)
+    def visible(self, t: Tensor, j: Tensor) -> Tensor:
+        return (j <= t) & (t - j < self.window)
 
 
 @dataclass(frozen=True)
 class Shared:
     """
-    A few keys that every query sees besides its exact part: key, value (B, G, n, D).
+    Keys that every query sees besides its exact part: the first `count` of key, value (B, G, S, D).
 
-    visible(begin, end) is bool (B or 1, 1, end - begin, n): what these queries see. Queries before `start` see none of
-    the keys, and those from `free` on see all.
+    visible(begin, end) is bool (B or 1, 1, end - begin, count): what these queries see. Queries before `start` see none
+    of the keys, and those from `free` on see all.
     """
 
     key: Tensor
     value: Tensor
+    count: int
     visible: Callable[[int, int], Tensor]
     start: int
     free: int
 
-    def parts(self, begin: int, end: int) -> list[Part]:
-        """For the queries begin..end-1: one part, or none where they see nothing."""
-        if end <= self.start or self.key.shape[2] == 0:
-            return []
-        cut = max(self.start - begin, 0)
-        first = begin + cut
+    def parts(self, n: int) -> list[Part]:
+        """For queries 0..n-1: those that see some of the keys, and those that see all."""
+        free = min(max(self.free, self.start), n)
 
-        def arrange(x: Tensor, fill: float) -> Tensor:
-            return x[:, :, cut:]
+        def mask(i: int, j: int) -> Tensor:
+            return self.visible(self.start + i, self.start + j)
 
-        def collect(x: Tensor, fill: float) -> Tensor:
-            return (pad(x, (0, 0, cut, 0), value=fill) if cut else x).unsqueeze(3)
+        spans = [((self.start, free), mask), ((free, n), None)]
+        return [
+            Part(self.key, self.value, gather=self._first, scatter=self._add_first, mask=mask, span=span)
+            for span, mask in spans
+            if span[0] < span[1] and self.count
+        ]
 
-        def mask(i: int, j: int) -> Tensor | None:
-            return None if first + i >= self.free else self.visible(first + i, first + j)
+    def _first(self, x: Tensor) -> Tensor:
+        return x[:, :, : self.count]
 
-        return [Part(self.key, self.value, arrange, collect, mask=None if first >= self.free else mask)]
+    def _add_first(self, total: Tensor, x: Tensor) -> None:
+        total[:, :, : self.count] += x
 
 
 @dataclass(frozen=True)
@@ -253,8 +289,7 @@ def local_decoder(
     if n <= pattern.stored and not (isinstance(new, int) and new == 0):
         return _direct(query, context, pattern, **options)
     if isinstance(new, int):
-        unit = pattern.block * pattern.dilation
-        skip = new // unit * unit if new >= pattern.before else 0
+        skip = new // pattern.step * pattern.step if new >= pattern.before else 0
         query = pad(query, (0, 0, new - skip, 0)) if new > skip else query
         output = _by_residues(query, context, pattern, skip, **options)
         return output[:, :, new - skip :]
@@ -287,9 +322,9 @@ def _by_residues(query: Tensor, context: Context, pattern, skip: int, far, **opt
     """Queries at slots skip.. of the context; a dilated band becomes a plain one by residue classes of the slots."""
     d = pattern.dilation
     if d == 1:
-        return _by_blocks(query, context, pattern, skip, _sinks(context, pattern, skip), far, **options)
+        return _by_tiles(query, context, pattern, skip, _sinks(context, pattern, skip), far, **options)
     rows = replace(context, key=residues(context.key, d), value=residues(context.value, d))
-    output = _by_blocks(
+    output = _by_tiles(
         residues(query, d), rows, Band(pattern.window), skip // d, _sinks(context, pattern, skip), None, **options
     )
     return from_residues(output, d, query.shape[2])
@@ -297,7 +332,8 @@ def _by_residues(query: Tensor, context: Context, pattern, skip: int, far, **opt
 
 def residues(x: Tensor, d: int) -> Tensor:
     """(B, H, S, E) -> (B d, H, ceil(S / d), E): slot u d + r of row b becomes slot u of row b d + r."""
-    return pad(x, (0, 0, 0, -x.shape[2] % d)).unflatten(2, (-1, d)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    x = pad(x, (0, 0, 0, -x.shape[2] % d)) if x.shape[2] % d else x
+    return x.unflatten(2, (-1, d)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
 def from_residues(x: Tensor, d: int, slots: int) -> Tensor:
@@ -320,34 +356,42 @@ def _sinks(context: Context, pattern, skip: int) -> Shared:
 
     key, value = (x.repeat_interleave(d, 0) if d > 1 else x for x in (context.sink_key, context.sink_value))
     if not isinstance(context.first, int):
-        return Shared(key, value, visible, 0, context.key.shape[2])
+        return Shared(key, value, count, visible, 0, context.key.shape[2])
+    if context.first == 0 and d == 1:
+        key, value = context.key, context.value  # the same tokens, whose gradients then need no sum of their own
     start = 0 if d > 1 else max(pattern.far_from(1) - context.first - skip, 0)
-    return Shared(key, value, visible, start, max(-((context.first + skip - pattern.far_from(count)) // d), 0))
+    return Shared(key, value, count, visible, start, max(-((context.first + skip - pattern.far_from(count)) // d), 0))
 
 
-def _by_blocks(query: Tensor, context: Context, pattern, skip: int, sinks: Shared, far, **options) -> Tensor:
+def _by_tiles(query: Tensor, context: Context, pattern, skip: int, sinks: Shared, far, **options) -> Tensor:
     """The undilated pattern, for queries at slots skip.. of the context."""
-    key, value, outputs = context.key, context.value, []
-    slots = key.shape[2]
-    warm = max(min(pattern.before, slots) - skip, 0)
-    if warm:  # these see every slot before them
-        early = query[:, :, :warm], key[:, :, :warm], value[:, :, :warm]
-        extra = sinks.parts(0, warm)
-        if extra:
-            outputs.append(joint_attention(early[0], [Part(*early[1:], causal=True), *extra], **options))
-        else:
-            outputs.append(exact_attention(*early, lengths=None, causal=True, **options))
-    begin = skip + warm
-    if begin < slots:
-        size = pattern.block if pattern.before else min(pattern.block, slots - begin)
-        blocks = Blocks.cover(key, begin, size)
-        key, value, late = blocks.fill(key, 0), blocks.fill(value, 0), blocks.fill(query[:, :, warm:], begin)
-        own = Part(blocks.split(key), blocks.split(value), blocks.arrange, blocks.collect, causal=True)
-        parts = [own, *pattern.past(key, value, blocks), *sinks.parts(warm, warm + late.shape[2])]
-        if far is not None:
-            parts.append(far(context.first + begin))
-        outputs.append(joint_attention(late, parts, **options)[:, :, : slots - begin])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    key, value, batch, slots = context.key, context.value, *context.key.shape[0::2]
+    extra = sinks.parts(slots - skip)
+    if slots <= pattern.full and isinstance(context.first, int) and context.first == 0:
+        far = None
+    if skip == 0 and slots <= pattern.full and not extra and far is None:
+        return exact_attention(query, key, value, lengths=None, causal=True, **options)
+    begin = max(min(pattern.before, slots), skip)
+    early = [Blocks(batch, 0, 1, begin).part(key, value, causal=True)] if begin > skip else []
+    late = []
+    for blocks in Blocks.cover(batch, begin, slots, pattern.tile):
+        how = {"causal": True} if pattern.causal else {"mask": _Window(pattern, key.device)}
+        late.append(blocks.part(key, value, skip, pattern.back, **how))
+    if far is not None and begin < slots:
+        extra.append(replace(far(context.first + begin), span=(begin - skip, None)))
+    return joint_attention(query, [*late, *early, *extra], **options)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What some queries of each tile see of its window, up to the last key they see."""
+
+    pattern: Segments | Band
+    device: torch.device
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        t, j = (torch.arange(x, end, device=self.device) for x in (begin, -self.pattern.back))
+        return self.pattern.visible(t[:, None], j)[None, None]
 
 
 def segment_encoder(
@@ -357,37 +401,33 @@ def segment_encoder(
     Token t of segment s sees its whole segment and the memory before it; `lengths` (B,) or None as everywhere.
     query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D).
     """
-    n, b = query.shape[2], pattern.block
-    warm = min(pattern.before, n)
+    (batch, n), b = key.shape[0::2], pattern.block
+    if n <= b:
+        return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
+    parts = []
+    early = range(0, min(pattern.before, n), b)  # segments with less before them than the memory
+    for blocks in [
+        *(Blocks(batch, begin, 1, min(b, n - begin)) for begin in early),
+        *Blocks.cover(batch, min(pattern.before, n), n, b),
+    ]:
+        back = min(pattern.memory, blocks.start)
+        used = _used(key, lengths, blocks, back, 0)
+        parts.append(blocks.part(key, value, back=back, mask=used))
+    if pattern.memory:
+        return joint_attention(query, parts, **options)
     outputs = []
-    for begin in range(0, warm, b):  # these see every segment up to their own
-        end = min(begin + b, n)
-        seen = key[:, :, :end], value[:, :, :end]
-        outputs.append(exact_attention(query[:, :, begin:end], *seen, lengths=lengths, causal=False, **options))
-    if warm < n:
-        blocks = Blocks.cover(key, warm, min(b, n - warm))
-        used = _used(key, lengths, blocks)
-        query, key, value = blocks.fill(query[:, :, warm:], warm), blocks.fill(key, 0), blocks.fill(value, 0)
-        if pattern.memory:
-            key, value = (torch.cat([blocks.before(x, pattern.memory), blocks.split(x)], 2) for x in (key, value))
-            used = None if used is None else pad(used, (pattern.memory, 0), value=True)
-        else:
-            key, value = blocks.split(key), blocks.split(value)
-        output = sdpa(blocks.arrange(query), key, value, mask=used, **options)
-        outputs.append(blocks.collect(output)[:, :, : n - warm, 0])
+    for part in parts:
+        tiles = part.arrange(query[:, :, slice(*part.span)]), part.gather(key), part.gather(value)
+        outputs.append(part.collect(sdpa(*tiles, mask=part.mask, **options))[..., 0, :])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
-def _used(key: Tensor, lengths: Tensor | None, blocks: Blocks) -> Tensor | None:
-    """(P, 1, 1, b) bool, which slots of each block hold a real token, or None where all do."""
-    slots = blocks.start + torch.arange(blocks.count * blocks.size, device=key.device)
-    if lengths is not None:
-        used = slots < lengths[:, None]
-    elif len(slots) > key.shape[2] - blocks.start:
-        used = (slots < key.shape[2]).expand(key.shape[0], -1)
-    else:
+def _used(key: Tensor, lengths: Tensor | None, blocks: Blocks, back: int, ahead: int) -> Tensor | None:
+    """(P, 1, 1, L) bool, which slots of each block's window hold a real token, or None where all do."""
+    if lengths is None:
         return None
-    return blocks.arrange(used[:, None, :, None])[:, :, None, :, 0]
+    used = torch.arange(key.shape[2], device=key.device) < lengths[:, None]
+    return blocks.windows(used[:, None, :, None], back, ahead)[:, :, None, :, 0]
 
 
 def band_encoder(
@@ -411,44 +451,56 @@ def band_encoder(
     if everyone == n or (d == 1 and n <= window + 1):
         return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
     shared = _globals(key, value, window, d, everyone, lengths)
-    inner = [residues(x, d) if d > 1 else x for x in (query, key, value)]
-    ends = lengths
-    if d > 1 and (lengths is not None or n % d):
-        ends = torch.full((query.shape[0],), n, device=query.device) if lengths is None else lengths
-        ends = ((ends[:, None] + (d - 1 - torch.arange(d, device=query.device))) // d).flatten()
-    output = _band_blocks(*inner, min(window, inner[0].shape[2]), ends, shared, **options)
-    output = from_residues(output, d, n) if d > 1 else output
+    if d == 1:
+        output = _band_tiles(query, key, value, window, lengths, shared, **options)
+    else:
+        ends = None
+        if lengths is not None or n % d:
+            ends = torch.full((query.shape[0],), n, device=query.device) if lengths is None else lengths
+            ends = ((ends[:, None] + (d - 1 - torch.arange(d, device=query.device))) // d).flatten()
+        rows = [residues(x, d) for x in (query, key, value)]
+        output = from_residues(_band_tiles(*rows, window, ends, shared, **options), d, n)
     if everyone:
         first = exact_attention(query[:, :, :everyone], key, value, lengths=lengths, causal=False, **options)
         output = torch.cat([first, output[:, :, everyone:]], 2)
     return output
 
 
-def _band_blocks(query, key, value, window, lengths, shared: Shared, **options) -> Tensor:
-    n = query.shape[2]
-    blocks = Blocks.cover(key, 0, window)
-    used = _used(key, lengths, blocks)
-    query, key, value = (blocks.fill(x, 0) for x in (query, key, value))
-    parts = [Part(blocks.split(key), blocks.split(value), blocks.arrange, blocks.collect, mask=used)]
-    if blocks.count > 1:
-        fewer = Blocks(blocks.batch, window, blocks.count - 1, window)
-        parts.append(_shifted(_older_half(key, value, fewer, 0), window, 0))
-        ahead = None if used is None else used.unflatten(0, (blocks.batch, -1))[:, 1:].flatten(0, 1)
-        after = Part(fewer.split(key), fewer.split(value), fewer.arrange, fewer.collect, causal=True, mask=ahead)
-        parts.append(_shifted(after, 0, window))
-    return joint_attention(query, [*parts, *shared.parts(0, query.shape[2])], **options)[:, :, :n]
+def _band_tiles(query, key, value, window: int, lengths: Tensor | None, shared: Shared, **options) -> Tensor:
+    """Undilated: the first w queries, tiles with w keys on both sides, and the last queries."""
+    batch, n = key.shape[0::2]
+    tile, first = min(max(window, TILE[0]), TILE[1]), min(window, n)
+    inner = max(n - window - first, 0) // tile * tile
+    zones = [
+        (Blocks(batch, 0, 1, first), 0, min(window, n - first)),
+        (Blocks(batch, first, inner // tile, tile), window, window),
+        (Blocks(batch, first + inner, 1, n - first - inner), window, 0),
+    ]
+    parts = []
+    for blocks, back, ahead in zones:
+        if blocks.count * blocks.size:
+            mask = _Near(window, back, ahead, blocks, _used(key, lengths, blocks, back, ahead), key.device)
+            mask = mask(0, blocks.size) if blocks.count > 1 else mask
+            parts.append(blocks.part(key, value, back=back, ahead=ahead, mask=mask))
+    return joint_attention(query, [*parts, *shared.parts(n)], **options)
 
 
-def _shifted(part: Part, head: int, tail: int) -> Part:
-    """The part for queries without the first `head` and the last `tail`."""
+@dataclass(frozen=True)
+class _Near:
+    """The mask of a band on both sides, for some queries of each block."""
 
-    def arrange(x: Tensor, fill: float) -> Tensor:
-        return part.arrange(x[:, :, head : x.shape[2] - tail], fill)
+    window: int
+    back: int
+    ahead: int
+    blocks: Blocks
+    used: Tensor | None
+    device: torch.device
 
-    def collect(x: Tensor, fill: float) -> Tensor:
-        return pad(part.collect(x, fill), (0, 0, 0, 0, head, tail), value=fill)
-
-    return replace(part, arrange=arrange, collect=collect)
+    def __call__(self, begin: int, end: int) -> Tensor:
+        t = torch.arange(begin, end, device=self.device)[:, None]
+        j = torch.arange(-self.back, self.blocks.size + self.ahead, device=self.device)
+        near = ((t - j).abs() <= self.window)[None, None]
+        return near if self.used is None else near & self.used
 
 
 def _globals(key: Tensor, value: Tensor, window: int, d: int, count: int, lengths: Tensor | None) -> Shared:
@@ -464,5 +516,6 @@ def _globals(key: Tensor, value: Tensor, window: int, d: int, count: int, length
         seen = (apart > window * d) | (apart % d != 0)
         return (seen.repeat(len(ends) // d, 1, 1) & (j < ends))[:, None]
 
-    key, value = (x[:, :, :count].repeat_interleave(d, 0) if d > 1 else x[:, :, :count] for x in (key, value))
-    return Shared(key, value, visible, 0, -(-(window * d + count) // d))
+    if d > 1:
+        key, value = (x[:, :, :count].repeat_interleave(d, 0) for x in (key, value))
+    return Shared(key, value, count, visible, 0, -(-(window * d + count) // d))
