@@ -37,6 +37,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from transformers.utils import logging as transformers_logging
 
 from examples import models, report
 from examples.cost import CostFailed, measure_in_own_process
@@ -61,6 +62,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(command[1:])
     if args.output_dir is None:
         args.output_dir = f"runs/{Path(args.model).name}-{args.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    transformers_logging.disable_progress_bar()  # every run loads the base; its bars would break ours
     session = Session(args, read_runs(args.variants))
     runs = session.runs
     session.results["command"] = shlex.join(["python", *command])

@@ -194,7 +194,8 @@ def auto_precision(cpu: bool) -> str:
     """bf16 where the processor has instructions for it, else float32."""
     if torch.cuda.is_available() and not cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if any(check() for check in native if check is not None) else "no"
 
 
 def broadcast(value: Any) -> Any:
