@@ -39,7 +39,7 @@ UNBOUNDED = 4096  # tokens, where the model sets no limit
 
 @dataclass(kw_only=True)
 class LinformerConfig(EfficientAttentionConfig):
-    rank: int = option(256, "slots that max_length tokens are projected to", minimum=1)
+    rank: int = option(256, "slots that max_length tokens are projected to; no more than these where max_length is None", minimum=1)
     max_length: int | None = option(
         None,
         "most tokens of an encoder; with rank, the tokens per slot of a decoder; None: the positions that the model has "
@@ -67,7 +67,7 @@ class LinformerConfig(EfficientAttentionConfig):
 
     @classmethod
     def tiny(cls, causal: bool) -> LinformerConfig:
-        return cls(rank=8, max_length=34, segment_size=8, num_sinks=3)
+        return cls(rank=8, max_length=48, segment_size=8, num_sinks=3)
 
     @classmethod
     def variations(cls, causal: bool) -> list[LinformerConfig]:
@@ -119,7 +119,10 @@ class LinformerAttention(EfficientAttention):
 
     @classmethod
     def resolve(cls, config: LinformerConfig, host: HostShape) -> LinformerConfig:
-        return config if config.max_length else replace(config, max_length=host.max_positions or UNBOUNDED)
+        if config.max_length is not None:
+            return config
+        length = host.max_positions or UNBOUNDED
+        return replace(config, max_length=length, rank=min(config.rank, length))
 
     @classmethod
     def check_host(cls, config: LinformerConfig, host: HostShape) -> None:
