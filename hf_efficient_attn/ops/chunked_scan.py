@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import AttentionState
+from .precision import without_autocast
 
 SPAN = 256  # tokens whose features exist at one time
 CHUNK = 64  # tokens of a decoder that read one another directly
@@ -114,6 +115,7 @@ def linear_attention(
 
 class _Causal(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
         maps = _maps(features, query, key, params, top.dtype)
         output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
@@ -137,6 +139,7 @@ class _Causal(torch.autograd.Function):
         return output, total, top
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad, grad_total, _):
         features, (query, key, value, output, normaliser, lengths, *rest) = ctx.features, ctx.saved_tensors
         params, states = rest[: len(features.params)], rest[len(features.params) :]
@@ -160,6 +163,7 @@ class _Causal(torch.autograd.Function):
 
 class _Bidirectional(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
         map_q, map_k = _maps(features, query, key, params, top.dtype)
         spans, groups = _spans(query.shape[2]), key.shape[1]
@@ -181,6 +185,7 @@ class _Bidirectional(torch.autograd.Function):
         return output, total, top
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad, _, __):
         features = ctx.features
         query, key, value, output, normaliser, lengths, total, reference, *params = ctx.saved_tensors

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .precision import without_autocast
+
 CHUNK = 256  # queries whose mask exists at one time, where a part's mask is a function
 AREA = 2**20  # weights of one head that exist at one time, where no fused kernel applies
 HUGE = 1e30  # stands for the lse of a query that sees nothing: exp(s - HUGE) = 0
@@ -131,6 +133,7 @@ class _Joint(torch.autograd.Function):
     """`parts`: each part with the places of its key, value and bias in `tensors`."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, query, scaling, dropout, parts, *tensors):
         n, done, kept = query.shape[2], [], []
         output = total = None
@@ -157,6 +160,7 @@ class _Joint(torch.autograd.Function):
         return output
 
     @staticmethod
+    @without_autocast
     def backward(ctx, grad):
         query, output, total, *tensors = ctx.saved_tensors
         grad, n = grad.contiguous(), query.shape[2]

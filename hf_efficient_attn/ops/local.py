@@ -466,6 +466,7 @@ def band_encoder(
     return output
 
 
+@torch.compiler.disable
 def _band_tiles(query, key, value, window: int, lengths: Tensor | None, shared: Shared, **options) -> Tensor:
     """Undilated: the first w queries, tiles with w keys on both sides, and the last queries."""
     batch, n = key.shape[0::2]

@@ -39,7 +39,9 @@ UNBOUNDED = 4096  # tokens, where the model sets no limit
 
 @dataclass(kw_only=True)
 class LinformerConfig(EfficientAttentionConfig):
-    rank: int = option(256, "slots that max_length tokens are projected to; no more than these where max_length is None", minimum=1)
+    rank: int = option(
+        256, "slots that max_length tokens are projected to, at most max_length where that is None", minimum=1
+    )
     max_length: int | None = option(
         None,
         "most tokens of an encoder; with rank, the tokens per slot of a decoder; None: the positions that the model has "
