@@ -266,6 +266,7 @@ class AttentionState(Node, CacheLayerMixin):
         Raises:
             RuntimeError: the state no longer holds what these tokens replaced.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of Transformers 5.17 gives a tensor
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if remove == 0:
             self.records = []
