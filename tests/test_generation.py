@@ -223,3 +223,20 @@ def test_padding_tokens_of_finished_texts_do_not_matter():
         length = text.index(end) + 1 if end in text else 10
         expected = text[:length] + [PAD] * (stopped.shape[1] - length)
         assert stopped[index].tolist() == expected[: stopped.shape[1]]
+
+
+@torch.no_grad()
+def test_tokens_to_take_back_counted_by_a_tensor():
+    """Assisted decoding of Transformers 5.17 counts them so."""
+    model, ids = patched_decoder("llama"), ZOO["llama"].inputs(batch=1, length=20)["input_ids"]
+    logits = []
+    for remove in (-3, torch.tensor(-3)):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :8], past_key_values=cache)
+        cache.activate_past_recording()
+        model(ids[:, 8:14], past_key_values=cache)
+        cache.crop(remove)
+        assert type(cache.get_seq_length()) is int
+        logits.append(model(ids[:, 11:], past_key_values=cache).logits)
+    assert torch.equal(*logits)
+    assert (logits[0] - model(ids).logits[:, 11:]).abs().max() < 1e-4
