@@ -44,7 +44,7 @@ def test_equals_its_formula_forward_backward_and_decoding(config, causal, fused,
         monkeypatch.setattr(joint, "_fused", lambda query, dropout: False)
         monkeypatch.setattr(joint, "AREA", 8)
     module = subject(config, causal).build(config)
-    for length in (1, 13, 31):
+    for length in (1, 25):
         query, key, value, _ = (x.requires_grad_() for x in inputs(3, length))
         padding = torch.rand(3, length) > 0.2
         padding[0] = True
