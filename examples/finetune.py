@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: something that was asked for cannot be; nothing has been written then.
     """
-    command = list(sys.argv if args is None else ["examples/finetune.py", *args])
+    command = ["examples/finetune.py", *(sys.argv[1:] if args is None else args)]
     args = parse(command[1:])
     if args.output_dir is None:
         args.output_dir = f"runs/{Path(args.model).name}-{args.task}-{time.strftime('%Y%m%d-%H%M%S')}"
