@@ -2,13 +2,13 @@
 What does another attention cost a pretrained model, and what does it save?
 
     python examples/finetune.py --preset demo
-    python examples/finetune.py --model bert-base-uncased --dataset imdb --variants sliding_window linformer
-    --max-length 512 accelerate launch examples/finetune.py --model smollm2 --task causal-lm --variants variants.yaml
-    --max-length 2048
+    python examples/finetune.py --model bert-base-uncased --dataset imdb --variants sliding_window linformer \\
+        --max-length 512
+    accelerate launch examples/finetune.py --model smollm2 --task causal-lm --variants variants.yaml --max-length 2048
 
 Every variant is put into the same pretrained model, evaluated, fine-tuned with the same seed, steps and data as the
-dense model, and evaluated again; its memory and time are measured in a process of its own. examples/README.md
-documents the output.
+dense model, and evaluated again. Then the memory and time of all are measured one after the other, each in a process of
+its own. examples/README.md documents the output.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     session.accelerator.init_trackers("hf_efficient_attn", config={k: str(v) for k, v in session.arguments.items()})
     finished = {row["label"] for row in session.results["rows"]}
     with progress_bars(enabled=session.accelerator.is_main_process and not args.quiet) as bars:
-        overall = bars.add_task("all runs", total=len(runs) + (not args.no_cost), word="")
+        overall = bars.add_task("all runs", total=len(runs), word="")
         if any(run.label not in finished for run in runs):
             warm_start(session, bars)
         for run in runs:
@@ -78,10 +78,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
                 session.save()
             bars.advance(overall)
         if not args.no_cost:
-            if EAGER not in finished:
-                session.results["rows"].insert(1, eager_row(session))
-                session.save()
-            bars.advance(overall)
+            measure_costs(session, bars)
     if session.accelerator.is_main_process:
         report.write(session.results, session.folder)
         report.print_table(session.results)
@@ -100,8 +97,6 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
     accelerator, args = session.accelerator, session.args
     model = objective = None
     try:
-        if not args.no_cost:
-            row["cost"], row["cost_error"] = cost_of(session, run.patch, run.max_length, "sdpa")
         model = models.open_base(session.base_folder, args.task)
         added = models.install(model, run.patch, args.seed)
         row["layers"] = models.patched_layers(model)
@@ -240,11 +235,23 @@ def cost_of(
     return broadcast(answer)
 
 
-def eager_row(session: Session) -> dict[str, Any]:
-    """Dense attention in its N x N form: measured only, since it computes what dense does."""
-    row = empty_row(RunSpec(EAGER, "dense"))
-    row["cost"], row["cost_error"] = cost_of(session, None, None, "eager")
-    return row
+def measure_costs(session: Session, bars: Progress) -> None:
+    """
+    Memory and time of every run that has none yet, one after the other, so that they meet the same machine; and of dense
+    attention in its N x N form, a row that is measured only, since it computes what dense does.
+    """
+    rows = {row["label"]: row for row in session.results["rows"]}
+    if EAGER not in rows:
+        rows[EAGER] = empty_row(RunSpec(EAGER, "dense"))
+        session.results["rows"].insert(1, rows[EAGER])
+    task = bars.add_task("memory and time", total=len(rows), word="")
+    for run in [*session.runs, RunSpec(EAGER, "dense")]:
+        row = rows[run.label]
+        if row["cost"] is None and row["cost_error"] is None:
+            attention = "eager" if run.label == EAGER else "sdpa"
+            row["cost"], row["cost_error"] = cost_of(session, run.patch, run.max_length, attention)
+            session.save()
+        bars.update(task, advance=1, word=run.label)
 
 
 def push(session: Session) -> None:
