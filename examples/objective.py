@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from examples.metrics import classification_scores, likelihood_scores
+from hf_efficient_attn.auxiliary import auxiliary_loss
 from hf_efficient_attn.losses import IGNORED, causal_lm_losses, has_plain_head
 
 
@@ -58,7 +59,12 @@ class Objective(nn.Module):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             predicted = torch.ones_like(nll, dtype=torch.bool)
-        figures = {"loss": nll.sum() / predicted.sum(), "nll": nll.detach().sum(1), "tokens": predicted.sum(1)}
+        loss, extra = nll.sum() / predicted.sum(), auxiliary_loss(model)
+        figures = {
+            "loss": loss if extra is None else loss + extra,
+            "nll": nll.detach().sum(1),
+            "tokens": predicted.sum(1),
+        }
         return figures | ({"n_bytes": batch["n_bytes"]} if "n_bytes" in batch else {})
 
 

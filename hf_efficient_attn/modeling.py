@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .swapping import plan, revert_layers, swap_layers
 
@@ -110,6 +111,7 @@ def install(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module
     swap_layers(model, swaps, outer)
     for part in _models(model):  # each may be called by itself
         part.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
+        part.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
     return mapping
 
 
@@ -135,6 +137,9 @@ def release(model: PreTrainedModel) -> None:
         for key in [key for key, hook in part._forward_pre_hooks.items() if hook is refuse_attention_maps]:
             del part._forward_pre_hooks[key]
             part._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [key for key, hook in part._forward_hooks.items() if hook is add_auxiliary_loss]:
+            del part._forward_hooks[key]
+            part._forward_hooks_with_kwargs.pop(key, None)
     if isinstance(model.config, EfficientConfigMixin):
         model.config.__dict__.pop(FIELD, None)
         model.config.__class__ = model.config.dense_class
@@ -156,6 +161,22 @@ def refuse_attention_maps(model: PreTrainedModel, args: tuple, kwargs: dict) -> 
             "output_attentions=True: a patched layer forms no attention matrix that could be returned. Call "
             "unpatch_model(model) to look at the dense attention."
         )
+
+
+def add_auxiliary_loss(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Forward hook of a patched model: in training its loss includes those of its variants."""
+    asked = getattr(output, "loss", None) is not None or (
+        isinstance(output, tuple) and kwargs.get("labels") is not None
+    )
+    if not (model.training and asked):
+        return None
+    extra = auxiliary_loss(model)
+    if extra is None:
+        return None
+    if isinstance(output, tuple):
+        return output[0] + extra, *output[1:]
+    output.loss = output.loss + extra
+    return output
 
 
 _CONFIG_CLASSES: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}

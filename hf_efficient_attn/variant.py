@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .auxiliary import AuxiliaryLearner
 from .caching import AttentionState, Count, TokenStore, column
 from .config import EfficientAttentionConfig
 from .ops.exact import exact_attention
@@ -39,7 +40,7 @@ class HostShape:
         return self.num_heads // self.num_kv_heads
 
 
-class EfficientAttention(nn.Module):
+class EfficientAttention(AuxiliaryLearner):
     """
     Base of every variant. A subclass sets `config_class`, is decorated with `registry.register_variant` and writes
     `attend`; compaction of padded rows, `dense_below`, keys that outnumber queries and the bookkeeping of the decoder
@@ -152,6 +153,7 @@ class EfficientAttention(nn.Module):
                 call["hidden"] = hidden
             state.begin(call)
         output = self._on_rows(query, key, value, rows, scaling, dropout, causal, state, hidden)
+        self.after_backward(query, output)
         return output[:, :, m - n :] if m > n else output
 
     def _on_rows(self, query, key, value, rows, scaling, dropout, causal, state, hidden) -> Tensor:

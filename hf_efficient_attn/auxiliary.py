@@ -1,0 +1,64 @@
+"""
+What a module learns beside the model's loss: running statistics (centroids, thresholds), which no gradient moves, and
+auxiliary losses (load balance), which are added to the model's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AuxiliaryLearner(nn.Module):
+    """
+    A training forward calls `observe` with sums over its real tokens and `add_loss` with losses. The sums reach
+    `update_statistics` once the backward pass is through with the forward that made them, so that a recomputation of
+    that forward (gradient checkpointing) sees the same statistics; in eval nothing moves. They are summed over processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observed: dict[str, Tensor] | None = None
+        self._loss: Tensor | None = None
+
+    def observe(self, **sums: Tensor) -> None:
+        """Notes this forward's sums; ignored in eval."""
+        if self.training:
+            self._observed = {name: x.detach() for name, x in sums.items()}
+
+    def add_loss(self, loss: Tensor) -> None:
+        """A scalar to add to the model's loss; ignored in eval."""
+        if self.training:
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def update_statistics(self, **sums: Tensor) -> None:
+        """What `observe` was given, over all processes. Assign new buffers; a stored one may belong to a graph."""
+        raise NotImplementedError(f"{type(self).__name__} observes and must define update_statistics().")
+
+    def after_backward(self, given: Tensor, output: Tensor) -> None:
+        """Called by a forward at its end: arranges for what it noted to be used when its gradients are through."""
+        last = given if given.requires_grad else output
+        if (self._observed is not None or self._loss is not None) and last.requires_grad:
+            last.register_hook(self._settle)
+
+    def _settle(self, gradient: Tensor) -> None:
+        observed, self._observed, self._loss = self._observed, None, None
+        if observed is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for x in observed.values():
+                torch.distributed.all_reduce(x)
+        with torch.no_grad():
+            self.update_statistics(**observed)
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """
+    The sum of the auxiliary losses that the latest training forward of `model` left, or None. A model that is given
+    labels adds it to its loss by itself; ask for it where you compute the loss yourself. It is given out once.
+    """
+    learners = [module for module in model.modules() if isinstance(module, AuxiliaryLearner)]
+    losses = [module._loss for module in learners if module._loss is not None]
+    for module in learners:
+        module._loss = None
+    return torch.stack(losses).sum() if losses else None
