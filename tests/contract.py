@@ -125,9 +125,10 @@ def check_head_layouts(subject: Subject) -> None:
     for kv_heads in (1, HEADS):
         try:
             module = subject.build(num_kv_heads=kv_heads)
-        except ValueError as error:  # a layer that a variant cannot serve is refused, with a word on its heads
-            assert kv_heads == 1 and "key/value head" in str(error), error
-            continue
+        except ValueError as error:  # a variant that shares heads out may refuse a layer with too few
+            if kv_heads == 1 and "key/value head" in str(error):
+                continue
+            raise
         args = inputs(2, 21, kv_heads=kv_heads)
         close(run(module, *args), expected(subject, module, *args), 1e-9, f"{kv_heads} key/value heads")
 
