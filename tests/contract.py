@@ -65,8 +65,8 @@ def run(module: EfficientAttention, query, key, value, hidden=None, **kwargs) ->
 
 def expected(subject: Subject, module, query, key, value, hidden=None, padding=None) -> Tensor:
     return naive_attention(
-        subject.oracle, query, key, value, padding,
-        config=module.config, scaling=SCALING, causal=subject.causal, module=module,
+        subject.oracle, query, key, value, padding, config=module.config, scaling=SCALING, causal=subject.causal,
+        module=module, hidden=hidden if module.needs_hidden else None,
     )  # fmt: skip
 
 

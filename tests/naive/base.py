@@ -12,7 +12,8 @@ sees j <= t only.
 
 What holds for all: sinks are the first `num_sinks` real positions, which every query at or after them sees, in
 decoders; encoders ignore `num_sinks`, decoders ignore `global_tokens`. A variant `combined` of others takes the
-registry name of a part from `part.name` and its module from `module.parts[i]`.
+registry name of a part from `part.name` and its module from `module.parts[i]`. The formula of a variant that reads the
+layer's input takes it as `hidden` (N, E).
 
 A new variant needs one file beside this one, with one function decorated with `oracle`; importing `naive` finds it.
 """
@@ -47,12 +48,13 @@ def naive_attention(
     scaling: float,
     causal: bool,
     module: Any = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """
     A batch: takes the padding out of each row, computes the row, and puts it back with zeros at padded queries.
 
     query (B, H, N, D), key and value (B, G, M, D), padding (B, M) with True = keep, or None; the queries belong to the
-    last N columns. Honours `config.dense_below`.
+    last N columns. Honours `config.dense_below`. hidden (B, N, E), or None: what a formula reads besides, of the queries.
     """
     batch, _, length, _ = query.shape
     if padding is None:
@@ -72,6 +74,7 @@ def naive_attention(
                 scaling=scaling,
                 causal=causal,
                 module=module,
+                hidden=None if hidden is None else hidden[b][real_queries],
             )
             row = row.index_copy(1, real_queries, part)
         rows.append(row)
@@ -88,13 +91,15 @@ def naive_row(
     scaling: float,
     causal: bool,
     module: Any = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """One row without padding, with `dense_below`: short encoder rows and early decoder positions attend exactly."""
     N, M = query.shape[1], key.shape[1]
     dense = ORACLES["flash"](query, key, value, config=config, scaling=scaling, causal=causal)
     if not causal and config.dense_below > M:
         return dense
-    out = ORACLES[variant_name](query, key, value, config=config, scaling=scaling, causal=causal, module=module)
+    given = {"module": module} if hidden is None else {"module": module, "hidden": hidden}
+    out = ORACLES[variant_name](query, key, value, config=config, scaling=scaling, causal=causal, **given)
     if not causal:
         return out
     early = torch.arange(M - N, M, device=query.device) < config.dense_below
