@@ -228,7 +228,13 @@ def _own_block(key: Tensor, value: Tensor, size: int, causal: bool, used: Tensor
 
 
 def _best(scores: Tensor, picks: int) -> Tensor:
-    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
+    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores in any order; of equal ones the lower index."""
+    best = scores.topk(min(picks + 1, scores.shape[-1]), -1)
+    if best.values.shape[-1] <= picks or picks == 0:
+        return best.indices[..., :picks]
+    last, next_best = best.values[..., -2], best.values[..., -1]
+    if not bool(((last == next_best) & (last > float("-inf"))).any()):
+        return best.indices[..., :picks]
     bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
     index = torch.arange(scores.shape[-1], device=scores.device)
