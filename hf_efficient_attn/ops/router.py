@@ -1,0 +1,46 @@
+"""
+Routers: which choices a token gets, by scores that are linear in the layer's input; float32 or better throughout.
+
+The load-balance loss (Fedus 2021, Switch, arXiv:2101.03961) of E choices, over T real tokens with k choices each:
+    E sum_e f_e P_e,    f_e = the share of the T k choices that fell on e,    P_e = mean of the probabilities of e;
+it is 1 where all are used alike, and its gradient goes through P.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class Router(nn.Module):
+    """
+    hidden (..., E) -> logits (..., choices), without bias. Weights start normal with standard deviation 0.02, drawn from the
+    seed and the layer's number.
+    """
+
+    def __init__(self, hidden_size: int, choices: int, *, seed: int, layer: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * layer)
+        start = torch.randn(choices, hidden_size, generator=generator, device=generator.device)
+        self.weight = nn.Parameter(0.02 * start)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden.to(accurate), self.weight.to(accurate))
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """(..., E) -> (..., count) int64, the places of the highest scores in order; of equal ones the lower comes first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def balance_loss(probability: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:
+    """probability (..., E), chosen (..., E) bool, real (...) bool or None where all are -> a scalar, 0 without tokens."""
+    chosen = chosen.to(probability.dtype)
+    if real is not None:
+        probability, chosen = probability * real[..., None], chosen * real[..., None]
+    chosen, probability = chosen.flatten(0, -2).sum(0), probability.flatten(0, -2).sum(0)
+    share = chosen / chosen.sum().clamp_min(1)
+    return len(share) * (share * probability).sum() / probability.detach().sum().clamp_min(1)
