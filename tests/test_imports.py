@@ -11,7 +11,7 @@ import hf_efficient_attn
 
 PACKAGE = Path(hf_efficient_attn.__file__).parent
 ORDER = [  # a module may import from those before it
-    {"version", "config", "caching", "losses", "auxiliary"},
+    {"version", "config", "caching", "losses", "auxiliary", "kernels"},
     {"ops"},
     {"variant"},
     {"registry"},

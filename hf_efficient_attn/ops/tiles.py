@@ -6,16 +6,20 @@ For the chosen pairs (i, J) of query i and key block J, with r_i the log-sum-exp
 Copying every query's blocks side by side would cost N x blocks x block_size x D. Turned around (Lu 2025, MoBA,
 arXiv:2502.13189), the pairs are sorted by block, and the queries that chose a block are multiplied with it at once: a
 query is copied once per pair and a key block once, some megabytes at a time. Cost: pairs x block_size x D.
+On a CPU in float32 a kernel does it (kernels/chosen_blocks.c), elsewhere batched products.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .joint import HUGE
 
 SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
@@ -27,15 +31,18 @@ class ChosenBlocks:
     """
     key, value: (B, G, M, D), M = blocks x block_size. `used` (B, M) bool: which keys exist, or None where all do.
 
-    tiles: pairs of rows (n, T) int64 and blocks (n,) int64. A row is a query (b H + h) N + i, or B H N in a slot that no
-    query fills; all rows of a line read the key block (b G + g) M / block_size + J.
+    Pairs are sorted by block: `queries` (pairs,) int64 lists their queries, numbered (b H + h) N + i, of which the first
+    counts[0] read block 0, the next counts[1] block 1, and so on; `counts` is (B G blocks,), a block's number
+    (b G + g) blocks + J. `rows` = B H N.
     A part for `joint_attention`; every query with a choice must see a key in an earlier part.
     """
 
     key: Tensor
     value: Tensor
     block_size: int
-    tiles: list[tuple[Tensor, Tensor]]
+    queries: Tensor
+    counts: Tensor
+    rows: int
     used: Tensor | None = None
     bias: None = None
     scatter: None = None
@@ -49,24 +56,32 @@ class ChosenBlocks:
         count, heads, device = size // block_size, chosen.shape[1], key.device
         owner = torch.arange(batch * groups, device=device).repeat_interleave(heads // groups).view(batch, heads, 1, 1)
         block = torch.where(valid, chosen + count * owner, batch * groups * count).flatten()
-        pair = torch.argsort(block.to(torch.int32), stable=True)
-        queries = pair // chosen.shape[3]
-        pairs = torch.bincount(block, minlength=batch * groups * count + 1)[:-1]
+        queries = torch.argsort(block.to(torch.int32), stable=True).div_(chosen.shape[3], rounding_mode="floor")
+        counts = torch.bincount(block, minlength=batch * groups * count + 1)[:-1]
+        return ChosenBlocks(key, value, block_size, queries, counts, chosen.shape[:3].numel(), used)
+
+    @cached_property
+    def tiles(self) -> list[tuple[Tensor, Tensor]]:
+        """
+        The pairs as queries (n, T) int64 and blocks (n,) int64: all queries of a line read one block. `rows` stands in a
+        slot that no query fills.
+        """
+        device, block_size = self.key.device, self.block_size
         # Lines of at most `most` queries, the longest first, so that those of one tile are about as long.
         most = SLOTS.get(device.type, SLOTS["cuda"])
-        lines = (pairs + most - 1) // most
+        lines = (self.counts + most - 1) // most
         blocks = torch.repeat_interleave(torch.arange(len(lines), device=device), lines)
         done = (torch.arange(len(blocks), device=device) - (lines.cumsum(0) - lines)[blocks]) * most
-        length, order = torch.sort((pairs[blocks] - done).clamp_max(most), descending=True)
-        start, blocks = ((pairs.cumsum(0) - pairs)[blocks] + done)[order], blocks[order]
+        length, order = torch.sort((self.counts[blocks] - done).clamp_max(most), descending=True)
+        start, blocks = ((self.counts.cumsum(0) - self.counts)[blocks] + done)[order], blocks[order]
         tiles, lengths, begin = [], length.tolist(), 0
         while begin < len(lengths):
             piece = slice(begin, begin + max(1, most // max(lengths[begin], block_size)))
             slot = torch.arange(lengths[begin], device=device)
-            rows = queries[(start[piece, None] + slot).clamp_max(len(queries) - 1)]
-            tiles.append((rows.masked_fill_(slot >= length[piece, None], chosen.shape[:3].numel()), blocks[piece]))
+            rows = self.queries[(start[piece, None] + slot).clamp_max(len(self.queries) - 1)]
+            tiles.append((rows.masked_fill_(slot >= length[piece, None], self.rows), blocks[piece]))
             begin = piece.stop
-        return ChosenBlocks(key, value, block_size, tiles, used)
+        return tiles
 
     def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
         """As `Part.accumulate`."""
@@ -85,9 +100,13 @@ class ChosenBlocks:
         tables = [x.to(total.dtype).reshape(-1, x.shape[3]) for x in (query, key, value, grad)]
         queries, keys, values, grads = tables
         dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        delta = _extended((grads.view_as(output) * output.to(total.dtype)).sum(-1).neg_(), 0.0)
-        reference, space = _extended(-total, -HUGE), _Space(queries)
-        for c, (rows, blocks) in enumerate(self.tiles):
+        delta = (grads.view_as(output) * output.to(total.dtype)).sum(-1)
+        kernel = self._kernel(queries, dropout)
+        if kernel is not None:
+            given = [queries, keys, values, grads], [total.contiguous(), delta], [dq, dk, dv]
+            self._run(kernel.chosen_blocks_backward, *given, scaling)
+        delta, reference, space = _extended(-delta, 0.0), _extended(-total, -HUGE), _Space(queries)
+        for c, (rows, blocks) in enumerate(self.tiles if kernel is None else ()):
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
             g = _rows(grads, rows_read, space("g", *q.shape))
             v = _rows(values.view(-1, *k.shape[1:]), blocks, space("v", *k.shape))
@@ -110,6 +129,11 @@ class ChosenBlocks:
     def _weigh(self, queries, keys, values, output, reference, scaling, dropout):
         """output (B, H, N, D) and the weighted values, the sums of weights (rows,), and the dropout masks."""
         joined, sums, kept = output.clone(memory_format=torch.contiguous_format), queries.new_zeros(len(queries)), []
+        kernel = self._kernel(queries, dropout)
+        if kernel is not None:
+            given = [queries, keys, values], [reference.contiguous()], [joined, sums]
+            self._run(kernel.chosen_blocks_forward, *given, scaling)
+            return joined, sums, kept
         reference, space = _extended(-reference, -HUGE), _Space(queries)
         for rows, blocks in self.tiles:
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
@@ -132,6 +156,30 @@ class ChosenBlocks:
             logits = self._logits(space, q, k, _added(reference, rows), blocks, scaling)
             highest.scatter_reduce_(0, rows_read, logits.amax(-1).flatten(), "amax")
         return highest
+
+    def _kernel(self, queries: Tensor, dropout: float) -> Any:
+        """The compiled kernels, where they can do this, or None."""
+        sizes = (queries.shape[1], self.block_size)
+        fits = all(size % 16 == 0 and size <= 256 for size in sizes)
+        if dropout or not fits or queries.dtype is not torch.float32 or queries.device.type != "cpu":
+            return None
+        return kernels.load("chosen_blocks")
+
+    def _run(self, function: Any, tables: list[Tensor], per_query: list[Tensor], results: list[Tensor], scaling: float):
+        """One job for each row's key/value head, whose queries and blocks no other reads."""
+        batch, groups, size = self.key.shape[:3]
+        block = torch.arange(len(self.counts))
+        start = torch.cat([block[:1], self.counts.cumsum(0)])
+        used = None if self.used is None else self.used[:, None].expand(-1, groups, -1).contiguous()
+        tables, lines = [x.contiguous() for x in tables], size // self.block_size
+
+        def job(i: int) -> None:
+            kernels.call(
+                function, *tables, self.queries, start, block, i * lines, (i + 1) * lines, self.block_size,
+                tables[0].shape[1], float(scaling), *per_query, used, *results,
+            )  # fmt: skip
+
+        kernels.in_parallel(job, range(batch * groups))
 
     def _copy(self, space, rows, blocks, queries, keys):
         """The tile's queries (n, T, D), the rows they were read from (n T,), the tile's keys (n, block_size, D)."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import kernels
 from ..caching import AttentionState, Buffer, Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import gathered_attention
@@ -166,7 +167,9 @@ class TopkBlocksAttention(EfficientAttention):
         for begin in range(0, -(-length // width), chunk):
             piece = slice(begin, begin + chunk)
             features = self._features(query[:, :, begin * width : (begin + chunk) * width])
-            features = features.unflatten(2, (-1, width)).sum(3).unflatten(1, (groups, -1))
+            if width > 1:
+                features = features.unflatten(2, (-1, width)).sum(3)
+            features = features.unflatten(1, (groups, -1))
             if self.config.share_group:
                 features = features.sum(2, keepdim=True)
             reach = min(int(own[:, :, piece].max()), count) if causal else count
@@ -228,13 +231,15 @@ def _own_block(key: Tensor, value: Tensor, size: int, causal: bool, used: Tensor
 
 
 def _best(scores: Tensor, picks: int) -> Tensor:
-    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores in any order; of equal ones the lower index."""
-    best = scores.topk(min(picks + 1, scores.shape[-1]), -1)
-    if best.values.shape[-1] <= picks or picks == 0:
-        return best.indices[..., :picks]
-    last, next_best = best.values[..., -2], best.values[..., -1]
-    if not bool(((last == next_best) & (last > float("-inf"))).any()):
-        return best.indices[..., :picks]
+    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
+    kernel = kernels.load("chosen_blocks") if scores.device.type == "cpu" and 0 < picks <= 256 else None
+    if kernel is not None:
+        scores, count = scores.contiguous(), scores.shape[-1]
+        best = torch.empty(*scores.shape[:-1], picks, dtype=torch.int64)
+        threads = torch.get_num_threads()
+        pieces = zip(scores.view(-1, count).chunk(threads), best.view(-1, picks).chunk(threads), strict=True)
+        kernels.in_parallel(lambda x: kernels.call(kernel.largest, x[0], len(x[0]), count, picks, x[1]), pieces)
+        return best
     bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
     index = torch.arange(scores.shape[-1], device=scores.device)

@@ -1,0 +1,86 @@
+"""
+Kernels for the CPU in C, for arithmetic that PyTorch's own operators spread over too many passes through memory.
+
+They are optional: each stands beside the same arithmetic in PyTorch, is compiled by the system's C compiler when it is
+first needed (a second, once; kept in the user's cache), and where there is no compiler PyTorch does the work.
+HF_EFFICIENT_ATTN_KERNELS=0 turns them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """The library made of `<name>.c` beside this file, or None where kernels are off or cannot be compiled."""
+    return None if os.environ.get("HF_EFFICIENT_ATTN_KERNELS") == "0" else _compiled(name)
+
+
+@cache
+def _compiled(name: str) -> ctypes.CDLL | None:
+    source = Path(__file__).with_name(f"{name}.c")
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or ctypes.sizeof(_LONG) != 8:
+        return None
+    text = source.read_text(encoding="utf-8")
+    key = hashlib.sha256("\0".join([text, *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_efficient_attn" / f"{name}-{key}.so"
+    try:
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as folder:  # complete before it has its name
+                fresh = Path(folder) / cached.name
+                subprocess.run([compiler, *FLAGS, "-o", fresh, source], check=True, capture_output=True, timeout=120)
+                fresh.replace(cached)
+        return ctypes.CDLL(str(cached))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    """What decides which instructions `-march=native` may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    return platform.machine() + next((x for x in lines if x.startswith(("flags", "Features"))), platform.processor())
+
+
+def call(function: Any, *arguments: torch.Tensor | int | float | None) -> None:
+    """Calls a kernel with contiguous tensors as pointers; other Python threads run meanwhile."""
+    given = []
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            given.append(_POINTER(x.data_ptr()))
+        else:
+            given.append(_POINTER(None) if x is None else _LONG(x) if isinstance(x, int) else _FLOAT(x))
+    function(*given)
+
+
+def in_parallel(job: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """job(item) for all items, on as many threads as PyTorch uses."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for item in items:
+            job(item)
+    else:
+        list(_pool(threads).map(job, items))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="hf_efficient_attn")
