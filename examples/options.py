@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train the dense model that many steps first and start every run from it, so that 'before' does not measure a "
         "head that knows nothing",
     )
+    add("--warm-start-length", type=int, help="tokens of the texts of the warm start; by default --max-length")
     add(
         "--dropout",
         type=float,
@@ -152,7 +153,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("max_steps", "warm_start_steps", "lora_rank", "checkpoint_every", "seed"):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
-    for name in ("max_train_samples", "max_eval_samples", "cost_length", "cost_batch_size"):
+    for name in ("max_train_samples", "max_eval_samples", "warm_start_length", "cost_length", "cost_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
     if args.learning_rate <= 0 or args.epochs <= 0 or not 0 <= args.warmup <= 1:

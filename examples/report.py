@@ -135,7 +135,8 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     if recipe["warm_start_steps"]:
         facts.append(
-            f"Every run starts from the dense model after {recipe['warm_start_steps']} steps; `before` is measured there."
+            f"Every run starts from the dense model after {recipe['warm_start_steps']} steps on "
+            f"{recipe.get('warm_start_length', results['max_length']):,} tokens; `before` is measured there."
         )
     parts = [
         f"# {_title(results)}",
