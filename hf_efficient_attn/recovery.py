@@ -1,0 +1,221 @@
+"""
+How does a patched model get its quality back?
+
+1. Attention transfer (Zhang 2024, Hedgehog, arXiv:2402.04347, section 4.2; Zhang 2025, LoLCATs, arXiv:2410.10254, eq. 5):
+   each patched layer learns to give the output of its dense attention on the same inputs,
+       error_l = sum_t |variant_l(x)_t - dense_l(x)_t|^2 / sum_t |dense_l(x)_t|^2      over real tokens t,
+   while the dense output flows on to the next layer, so that every layer sees what it saw in the pretrained model. Only the
+   variants' own parameters train. One forward of one model gives all layers' errors: no second copy of the weights.
+2. Distillation: the patched model learns to give the token distribution of the same weights under dense attention
+   (`dense_attention`), beside the task's own loss.
+
+    with attention_transfer(model) as transfer:
+        optimizer = torch.optim.AdamW(transfer.parameters, lr=1e-2)
+        for batch in batches:
+            model(**batch)
+            transfer.loss().backward()
+            optimizer.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .dispatch import CHILD
+from .hosts import base_model, find_hosts
+from .ops.exact import exact_attention
+from .ops.rows import Rows
+from .swapping import Layers, parse_layers
+from .variant import EfficientAttention
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a patched layer's attention is from dense: `error` is the squared distance relative to dense's square."""
+
+    layer: int
+    name: str
+    variant: str
+    error: float
+
+
+class _Watch:
+    """
+    A forward hook of one variant, which hands on the dense output in its place. Where it `learns` it keeps the variant's
+    squared distance from dense and dense's square, summed over real tokens.
+    """
+
+    def __init__(self, learns: bool) -> None:
+        self.learns = learns
+        self.distance: Tensor | None = None
+        self.square: Tensor | None = None
+
+    def __call__(self, variant: EfficientAttention, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if kwargs.get("state") is not None:
+            raise ValueError("leave out use_cache=True: attention is compared with dense on whole texts.")
+        rows = kwargs.get("padding")
+        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        query, key, value = args if rows is None else map(rows.compact, args)
+        dense = exact_attention(
+            query, key, value, lengths=None if rows is None else rows.lengths,
+            scaling=kwargs["scaling"], causal=kwargs["causal"],
+        )  # fmt: skip
+        dense = dense if rows is None else rows.restore(dense)
+        if self.learns:
+            exact = dense.detach().float()
+            self.distance = (output.float() - exact).square().sum()  # padded queries are zeros in both
+            self.square = exact.square().sum()
+        return dense
+
+    def error(self) -> Tensor:
+        """The relative error of the latest forward."""
+        return self.distance / self.square.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class Transfer:
+    """
+    What `attention_transfer` gives: `parameters`, those of the chosen layers' variants; `loss()`, the mean of the layers'
+    relative errors in the latest forward; `errors()`, the errors by layer.
+    """
+
+    def __init__(self, layers: list[tuple[int, str, EfficientAttention]]) -> None:
+        self._layers = layers
+        self._watches = [_Watch(learns=True) for _ in layers]
+        self.parameters: list[nn.Parameter] = list({p: None for _, _, v in layers for p in v.parameters()})
+
+    def loss(self) -> Tensor:
+        if any(watch.distance is None for watch in self._watches):
+            raise RuntimeError("there is nothing to compare yet: call the model first.")
+        return torch.stack([watch.error() for watch in self._watches]).mean()
+
+    def errors(self) -> list[LayerError]:
+        return [
+            LayerError(number, name, variant.config.name, float(watch.error().detach()))
+            for (number, name, variant), watch in zip(self._layers, self._watches, strict=True)
+        ]
+
+
+def patched_layers(model: nn.Module, layers: Layers = None) -> list[tuple[int, str, EfficientAttention]]:
+    """
+    Number, name and variant of every patched attention layer, or of those among `layers`.
+
+    Raises:
+        ValueError: none of them is patched.
+    """
+    hosts = find_hosts(base_model(model))
+    chosen = [hosts[number] for number in parse_layers(layers, len(hosts))]
+    found = [(h.shape.layer, h.name, getattr(h.module, CHILD)) for h in chosen if hasattr(h.module, CHILD)]
+    if not found:
+        raise ValueError(f"no attention layer of this {type(model).__name__} is patched; call patch_model first.")
+    return found
+
+
+@contextmanager
+def attention_transfer(model: nn.Module, layers: Layers = None) -> Iterator[Transfer]:
+    """
+    Inside the block the model runs on dense attention, and its variants (of `layers`, or all) are compared with it and can
+    learn from it; everything but their parameters is frozen. Give a few `layers` at a time where all do not fit.
+
+    A variant without parameters has an error but nothing to train: `transfer.parameters` is empty then.
+
+    Raises:
+        ValueError: no such layer is patched.
+    """
+    transfer = Transfer(patched_layers(model, layers))
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        for parameter in transfer.parameters:
+            parameter.requires_grad_(True)
+        watched = {id(v): w for (_, _, v), w in zip(transfer._layers, transfer._watches, strict=True)}
+        with _hooked(model, watched):
+            yield transfer
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def dense_attention(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block every patched layer gives dense attention's output: the teacher, made of the student's weights."""
+    with _hooked(model, {}):
+        yield model
+
+
+@contextmanager
+def _hooked(model: nn.Module, watches: Mapping[int, _Watch]) -> Iterator[None]:
+    """The given watches on their variants, and one that only hands on dense output on all others; no cache by default."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    handles = []
+    try:
+        for config, _ in caching:
+            config.use_cache = False
+        for _, _, variant in patched_layers(model):
+            watch = watches.get(id(variant)) or _Watch(learns=False)
+            handles.append(variant.register_forward_hook(watch, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for config, wanted in caching:
+            config.use_cache = wanted
+
+
+@torch.no_grad()
+def attention_errors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[LayerError]:
+    """
+    The relative error of every patched layer's attention, over all real tokens of the batches, each layer fed with what it
+    sees in the dense model. A batch holds the model's keyword arguments.
+
+    Raises:
+        ValueError: the model is not patched, or there is no batch.
+    """
+    training = model.training
+    model.eval()
+    sums: list[list[Tensor]] = []
+    try:
+        with attention_transfer(model) as transfer:
+            for batch in batches:
+                model(**batch)
+                new = [[w.distance, w.square] for w in transfer._watches]
+                sums = (
+                    new
+                    if not sums
+                    else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, new, strict=True)]
+                )
+            if not sums:
+                raise ValueError("no batch was given to measure the attention's error on.")
+            for watch, (distance, square) in zip(transfer._watches, sums, strict=True):
+                watch.distance, watch.square = distance, square
+            return transfer.errors()
+    finally:
+        model.train(training)
+
+
+def distillation_losses(
+    hidden: Tensor, teacher_hidden: Tensor, head: nn.Module, temperature: float = 1.0, chunk_size: int = 1024
+) -> Tensor:
+    """
+    KL(teacher || student) of each position's token distribution in nats, times temperature^2 (Hinton 2015, arXiv:1503.02531):
+    hidden and teacher_hidden (T, E) -> (T,). Both go through `head`, (t, E) -> (t, V), `chunk_size` positions at a time,
+    and the student's logits are made again in the backward pass.
+    """
+
+    def losses(own: Tensor, other: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = (head(other).float() / temperature).log_softmax(-1)
+        log_p = (head(own).float() / temperature).log_softmax(-1)
+        return (target.exp() * (target - log_p)).sum(-1) * temperature**2
+
+    pairs = zip(hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True)
+    return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])

@@ -1,0 +1,125 @@
+"""A patched layer learns its dense attention while the dense output flows on; the teacher is the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import ZOO
+
+from hf_efficient_attn import patch_model, unpatch_model
+from hf_efficient_attn.recovery import (
+    attention_errors,
+    attention_transfer,
+    dense_attention,
+    distillation_losses,
+    patched_layers,
+)
+
+
+def build(name: str = "llama", variant: str = "linformer", **hyper):
+    tiny = ZOO[name]
+    model = tiny.build()
+    if variant == "linformer":
+        hyper = {"rank": 4, "max_length": 64, "segment_size": 4, "num_sinks": 1} | hyper
+    patch_model(model, variant, **hyper)
+    return model, tiny
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_inside_the_model_is_dense(name: str, side: str) -> None:
+    model, tiny = build(name)
+    inputs = tiny.inputs(3, 24, side)
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        patched = model(**inputs, use_cache=False).logits
+        with dense_attention(model):
+            inside = model(**inputs, use_cache=False).logits
+        with attention_transfer(model):
+            beside = model(**inputs, use_cache=False).logits
+        again = model(**inputs, use_cache=False).logits
+        dense = unpatch_model(model)(**inputs, use_cache=False).logits
+    torch.testing.assert_close(inside[mask], dense[mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(beside[mask], dense[mask], atol=1e-5, rtol=0)
+    assert torch.equal(again, patched)
+    assert (patched - dense)[mask].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_layers_learn_their_dense_attention(name: str) -> None:
+    model, tiny = build(name)
+    batches = [tiny.inputs(4, 40, "right")]
+    frozen = {n: p.clone() for n, p in model.named_parameters() if ".efficient_attn." not in n}
+    before = attention_errors(model, batches)
+    assert [row.variant for row in before] == ["linformer"] * tiny.n_layers
+    with attention_transfer(model) as transfer:
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in transfer.parameters}
+        optimizer = torch.optim.AdamW(transfer.parameters, lr=2e-2, weight_decay=0.0)
+        for _ in range(40):
+            model(**batches[0])
+            transfer.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    after = attention_errors(model, batches)
+    for old, new in zip(before, after, strict=True):
+        assert new.error < 0.9 * old.error, f"layer {old.layer}: {old.error:.3g} -> {new.error:.3g}"
+    for n, p in model.named_parameters():
+        assert p.requires_grad
+        if n in frozen:
+            assert torch.equal(p, frozen[n])
+
+
+def test_padding_is_not_learned_from() -> None:
+    model, tiny = build()
+    inputs = tiny.inputs(3, 24, "left")
+    with attention_transfer(model) as transfer:
+        model(**inputs, use_cache=False)
+        loss = transfer.loss()
+    alone = []
+    for row in range(3):
+        keep = inputs["attention_mask"][row].bool()
+        with attention_transfer(model) as transfer:
+            model(input_ids=inputs["input_ids"][row : row + 1, keep], use_cache=False)
+            alone.append([(w.distance, w.square) for w in transfer._watches])
+    joined = [sum(row[layer][0] for row in alone) / sum(row[layer][1] for row in alone) for layer in range(2)]
+    torch.testing.assert_close(loss, torch.stack(joined).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_some_layers_at_a_time() -> None:
+    model, tiny = build()
+    with attention_transfer(model, layers=[1]) as transfer:
+        model(**tiny.inputs(2, 24), use_cache=False)
+        assert [row.layer for row in transfer.errors()] == [1]
+        transfer.loss().backward()
+    grads = [any(p.grad is not None for p in v.parameters()) for _, _, v in patched_layers(model)]
+    assert grads == [False, True]
+
+
+def test_nothing_to_train_and_nothing_patched() -> None:
+    model, tiny = build(variant="block", block_size=4)
+    with attention_transfer(model) as transfer:
+        assert transfer.parameters == []
+        with pytest.raises(RuntimeError, match="call the model first"):
+            transfer.loss()
+        with pytest.raises(ValueError, match="leave out use_cache"):
+            model(**tiny.inputs(2, 24), use_cache=True)
+    with pytest.raises(ValueError, match="no batch"):
+        attention_errors(model, [])
+    assert attention_errors(model, [tiny.inputs(2, 24)])[0].error > 0.01
+    with pytest.raises(ValueError, match="is patched"):
+        patched_layers(unpatch_model(model))
+    patch_model(model, "flash")
+    assert max(row.error for row in attention_errors(model, [tiny.inputs(2, 24, "left")])) < 1e-9
+
+
+def test_distillation_is_kl_and_reaches_the_student_only() -> None:
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 30)
+    own, other = torch.randn(2, 11, 8, generator=g)
+    own.requires_grad_(True)
+    got = distillation_losses(own, other, head, temperature=2.0, chunk_size=4)
+    p, q = (head(other) / 2).softmax(-1), (head(own) / 2).softmax(-1)
+    torch.testing.assert_close(got, 4 * (p * (p / q).log()).sum(-1))
+    got.sum().backward()
+    assert own.grad.abs().max() > 0
+    torch.testing.assert_close(distillation_losses(other, other, head), torch.zeros(11), atol=1e-6, rtol=0)
