@@ -28,6 +28,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -44,9 +45,12 @@ from examples.cost import CostFailed, measure_in_own_process
 from examples.data import Collator, Examples, Schedule
 from examples.objective import Objective
 from examples.options import parse
+from examples.recover import TransferObjective, transfer_recipe
 from examples.session import Session, broadcast, write_json
 from examples.training import Diverged, Recipe, evaluate_objective, train
 from examples.variants import RunSpec, read_runs
+from hf_efficient_attn import describe
+from hf_efficient_attn.recovery import attention_transfer
 
 EAGER = "dense (eager)"
 
@@ -101,10 +105,14 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
         added = models.install(model, run.patch, args.seed)
         row["layers"] = models.patched_layers(model)
         row["parameters_added"] = sum(p.numel() for name, p in model.named_parameters() if name in set(added))
+        train_examples, eval_examples = session.examples(run.max_length or args.max_length)
+        objective = Objective(model, args.task, args.loss_chunk)
+        row["before"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: before")
+        if args.recover and run.kind == "variant":
+            row["recovery"] = recover_run(session, run, model, train_examples, bars, task)
+            row["recovered"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: recovered")
         objective = fit_for_training(session, model, added)
         row["parameters_trained"] = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-        train_examples, eval_examples = session.examples(run.max_length or args.max_length)
-        row["before"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: before")
         if session.recipe.steps:
             schedule = session.schedule(
                 train_examples, session.recipe.examples(accelerator.num_processes), shuffle=True
@@ -125,7 +133,42 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
         gc.collect()
         bars.remove_task(task)
     shutil.rmtree(session.folder / run.folder / "checkpoint", ignore_errors=True)
+    (session.folder / run.folder / "recovered.pt").unlink(missing_ok=True)
     return row
+
+
+def recover_run(
+    session: Session, run: RunSpec, model, examples: Examples, bars: Progress, task: TaskID
+) -> dict[str, Any]:
+    """
+    Attention transfer, or the word that there is nothing to train. What it gave is kept beside the run's checkpoint, so
+    that a run which is continued does not do it again.
+    """
+    accelerator, args = session.accelerator, session.args
+    kept = session.folder / run.folder / "recovered.pt"
+    length = run.max_length or args.max_length
+    with attention_transfer(model) as transfer:
+        if not transfer.parameters:
+            return {"tokens": 0, "note": "this variant has no parameters to train", "errors": []}
+        if kept.exists():
+            saved = torch.load(kept, weights_only=True)
+            for parameter, value in zip(transfer.parameters, saved["parameters"], strict=True):
+                parameter.data.copy_(value)
+            return saved["recovery"]
+        processes = accelerator.num_processes
+        recipe = transfer_recipe(session.recipe, args.recover, length, processes, args.recover_learning_rate)
+        schedule = session.schedule(examples, recipe.examples(processes), shuffle=True)
+        objective = TransferObjective(model, transfer)
+        training = train_run(
+            session, f"{run.label}: transfer", f"{run.folder}/transfer", objective, schedule, recipe, bars, task
+        )
+        found = {**training, "errors": [vars(error) for error in transfer.errors()]}
+        if accelerator.is_main_process:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"parameters": [p.detach().cpu() for p in transfer.parameters], "recovery": found}, kept)
+            shutil.rmtree(session.folder / run.folder / "transfer", ignore_errors=True)
+        accelerator.wait_for_everyone()
+    return found
 
 
 def warm_start(session: Session, bars: Progress) -> None:
@@ -167,7 +210,8 @@ def fit_for_training(session: Session, model, added: list[str]) -> Objective:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.lora_rank:
         model = models.add_lora(model, args.task, args.lora_rank, args.lora_targets, added)
-    return Objective(model, args.task, args.loss_chunk)
+    patched = any(layer.variant for layer in describe(model))
+    return Objective(model, args.task, args.loss_chunk, args.distill if patched else 0.0)
 
 
 def train_run(session, label, folder, objective, schedule, recipe, bars: Progress, task: TaskID) -> dict[str, Any]:
@@ -290,6 +334,8 @@ def empty_row(run: RunSpec) -> dict[str, Any]:
         "parameters_added": 0,
         "parameters_trained": None,
         "before": None,
+        "recovery": None,
+        "recovered": None,
         "after": None,
         "training": None,
         "cost": None,

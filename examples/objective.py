@@ -4,7 +4,8 @@ What is computed on a batch? The loss that is trained and the figures that are r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from examples.metrics import classification_scores, likelihood_scores
 from hf_efficient_attn.auxiliary import auxiliary_loss
 from hf_efficient_attn.losses import IGNORED, causal_lm_losses, has_plain_head
+from hf_efficient_attn.recovery import dense_attention, distillation_losses
 
 
 class Objective(nn.Module):
@@ -22,11 +24,15 @@ class Objective(nn.Module):
 
     For causal language modelling the logits are never held: the loss is computed in chunks of positions, unless the
     model does more to its logits than apply its head.
+
+    `distill` > 0, for a patched model: in training the loss has so many times KL(teacher || student) added, the mean over
+    predictions. The teacher is the same weights under dense attention, adapters switched off (without adapters it moves
+    with the student).
     """
 
-    def __init__(self, model: nn.Module, task: str, chunk_size: int = 1024) -> None:
+    def __init__(self, model: nn.Module, task: str, chunk_size: int = 1024, distill: float = 0.0) -> None:
         super().__init__()
-        self.model, self.task, self.chunk_size = model, task, chunk_size
+        self.model, self.task, self.chunk_size, self.distill = model, task, chunk_size, distill
         self.chunked: bool | None = None  # found out on the first batch
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,31 +47,55 @@ class Objective(nn.Module):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels") if name in batch}
         outputs = self.model(**inputs)
         logits, labels = outputs.logits.float(), batch["labels"]
+        loss = outputs.loss
+        if self.training and self.distill:
+            predicted = labels != IGNORED
+            teacher = self._dense(lambda: self.model(**inputs).logits)
+            loss = loss + self._divergence(logits[predicted], teacher[predicted], nn.Identity())
         if self.task == "classification":
             nll = cross_entropy(logits.detach(), labels, reduction="none")
-            return {"loss": outputs.loss, "nll": nll, "prediction": logits.argmax(-1), "reference": labels}
+            return {"loss": loss, "nll": nll, "prediction": logits.argmax(-1), "reference": labels}
         with torch.no_grad():
             nll = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-        return {"loss": outputs.loss, "nll": nll.sum(1), "tokens": (labels != IGNORED).sum(1)}
+        return {"loss": loss, "nll": nll.sum(1), "tokens": (labels != IGNORED).sum(1)}
 
     def _causal(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         ids = batch["input_ids"]
         if self.chunked is None:
             self.chunked = has_plain_head(model, ids)
+        body = model.base_model if self.chunked else model
+        head = model.get_output_embeddings() if self.chunked else nn.Identity()
+
+        def read() -> torch.Tensor:
+            return body(input_ids=ids, use_cache=False)[0]  # hidden states, or logits
+
+        own = read()
         if self.chunked:
-            nll, predicted = causal_lm_losses(model, ids, chunk_size=self.chunk_size)
+            nll, predicted = causal_lm_losses(model, ids, chunk_size=self.chunk_size, hidden=own)
         else:
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            nll = cross_entropy(own[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
             predicted = torch.ones_like(nll, dtype=torch.bool)
         loss, extra = nll.sum() / predicted.sum(), auxiliary_loss(model)
-        figures = {
-            "loss": loss if extra is None else loss + extra,
-            "nll": nll.detach().sum(1),
-            "tokens": predicted.sum(1),
-        }
+        loss = loss if extra is None else loss + extra
+        if self.training and self.distill:
+            teacher = self._dense(read)[:, :-1].flatten(0, 1)
+            loss = loss + self._divergence(own[:, :-1].flatten(0, 1), teacher, head)
+        figures = {"loss": loss, "nll": nll.detach().sum(1), "tokens": predicted.sum(1)}
         return figures | ({"n_bytes": batch["n_bytes"]} if "n_bytes" in batch else {})
+
+    def _dense(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `read` gives under dense attention, without dropout."""
+        adapters = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        self.model.eval()
+        try:
+            with torch.no_grad(), dense_attention(self.model), adapters:
+                return read()
+        finally:
+            self.model.train()
+
+    def _divergence(self, own: torch.Tensor, teacher: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        return self.distill * distillation_losses(own, teacher, head, chunk_size=self.chunk_size).mean()
 
 
 def scores(task: str, figures: Mapping[str, torch.Tensor]) -> dict[str, float]:

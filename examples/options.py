@@ -93,6 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
         "the N x N form on the CPU",
     )
     add(
+        "--recover",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="before fine-tuning, let each variant's own parameters learn their layer's dense attention on that many tokens",
+    )
+    add("--recover-learning-rate", type=float, default=1e-2, help="of the variant's own parameters under --recover")
+    add(
+        "--distill",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="of KL to the predictions of the same weights under dense attention (adapters off), added to the loss",
+    )
+    add(
         "--mixed-precision",
         default="no",
         choices=("no", "fp16", "bf16", "auto"),
@@ -150,14 +165,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("max_length", "batch_size", "gradient_accumulation", "loss_chunk", "cost_repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
-    for name in ("max_steps", "warm_start_steps", "lora_rank", "checkpoint_every", "seed"):
+    for name in ("max_steps", "warm_start_steps", "recover", "distill", "lora_rank", "checkpoint_every", "seed"):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
     for name in ("max_train_samples", "max_eval_samples", "warm_start_length", "cost_length", "cost_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
-    if args.learning_rate <= 0 or args.epochs <= 0 or not 0 <= args.warmup <= 1:
-        parser.error("--learning-rate and --epochs must be above 0, --warmup between 0 and 1.")
+    if min(args.learning_rate, args.recover_learning_rate, args.epochs) <= 0 or not 0 <= args.warmup <= 1:
+        parser.error("learning rates and --epochs must be above 0, --warmup between 0 and 1.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout}: from 0 to below 1.")
     if args.resume and args.output_dir is None:

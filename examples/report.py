@@ -70,6 +70,7 @@ def columns(results: dict[str, Any]) -> list[str]:
     head = [
         "",
         f"{metric} before",
+        *([f"{metric} recovered"] if _recovers(results) else []),
         f"{metric} after",
         f"lost, {unit}",
         "train MiB",
@@ -92,6 +93,7 @@ def lines(results: dict[str, Any]) -> list[list[str]]:
         train, inference = ("train_step", "inference")
         cells = [
             number((row["before"] or {}).get(metric)),
+            *([number((row.get("recovered") or {}).get(metric))] if _recovers(results) else []),
             number((row["after"] or {}).get(metric)),
             signed(quality_lost(results, row, "after" if row["after"] else "before")),
             number(_figure(row, train, "peak_bytes"), MIB),
@@ -148,6 +150,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Of each figure the part that disappears when attention returns zeros. Working memory is what a step holds above "
         "weights and optimizer state: activations, gradients, temporaries.",
         _markdown_table(*_attention_table(results)),
+        *(_recovery(results) if _recovers(results) else []),
         "## How to read this",
         _reading(results),
         "## How it was made",
@@ -213,6 +216,35 @@ def _figure(row: dict[str, Any], part: str, figure: str) -> float | None:
 
 def _decodes(results: dict[str, Any]) -> bool:
     return any((row["cost"] or {}).get("cache_bytes_per_sequence") is not None for row in results["rows"])
+
+
+def _recovers(results: dict[str, Any]) -> bool:
+    return any(row.get("recovered") for row in results["rows"])
+
+
+def _recovery(results: dict[str, Any]) -> list[str]:
+    return [
+        "## Attention transfer",
+        "Before fine-tuning each variant's own parameters learned their layer's dense attention. The error is the squared "
+        "distance from dense attention's output relative to its square, the mean over layers; `recovered` is the metric then.",
+        _markdown_table(*_recovery_table(results)),
+    ]
+
+
+def _recovery_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["", "tokens", "error at the start", "error at the end", "layers, lowest to highest at the end"]
+    body = []
+    for row in results["rows"]:
+        recovery = row.get("recovery")
+        if recovery is None:
+            continue
+        if not recovery["errors"]:
+            body.append([row["label"], "0", DASH, DASH, recovery["note"]])
+            continue
+        errors = sorted(layer["error"] for layer in recovery["errors"])
+        ends = [number(recovery["losses"][0]), number(recovery["losses"][-1])]
+        body.append([row["label"], f"{recovery['tokens']:,}", *ends, f"{number(errors[0])} to {number(errors[-1])}"])
+    return head, body
 
 
 def _title(results: dict[str, Any]) -> str:

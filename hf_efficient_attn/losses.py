@@ -50,7 +50,11 @@ def chunked_cross_entropy(
 
 
 def causal_lm_losses(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, chunk_size: int = 1024
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    chunk_size: int = 1024,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The negative log-likelihood of every token given those before it, by a Transformers model for causal language
@@ -62,11 +66,13 @@ def causal_lm_losses(
     Args:
         input_ids: (B, N).
         attention_mask: (B, N), 1 = keep; padded tokens are not predicted.
+        hidden: (B, N, E), the body's last hidden state, where it was computed already.
 
     Returns:
         losses (B, N - 1) in nats, 0 where nothing is predicted, and a bool mask (B, N - 1) of the predicted tokens.
     """
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    if hidden is None:
+        hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
     labels = input_ids[:, 1:]
     predicted = torch.ones_like(labels, dtype=torch.bool)
     if attention_mask is not None:

@@ -31,8 +31,10 @@ from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
 from examples.metrics import classification_scores, likelihood_scores  # noqa: E402
 from examples.models import fit_positions, position_limit  # noqa: E402
+from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
 from examples.variants import read_runs, with_controls  # noqa: E402
+from hf_efficient_attn import patch_model, unpatch_model  # noqa: E402
 
 ANIMALS = ("cat", "dog", "fish", "bird")
 
@@ -373,6 +375,51 @@ def test_the_dense_limit_trains_like_dense_over_two_lengths(folder, tmp_path):
     assert rows["wide"]["before"]["perplexity"] == pytest.approx(dense, rel=1e-5)
     assert rows["narrow"]["before"]["perplexity"] != pytest.approx(dense, rel=1e-5)
     assert all(row["after"] is None and row["training"] is None for row in rows.values())
+
+
+@pytest.mark.parametrize(("model", "task"), [("gpt2", "causal-lm"), ("bert", "classification"), ("bert", "masked-lm")])
+def test_recovery_brings_attention_nearer_to_dense(folder, tmp_path, model, task):
+    variants = folder / "recover.yaml"
+    small = {
+        "variant": "linformer",
+        "rank": 4,
+        "max_length": 24,
+        "segment_size": 4,
+        "num_sinks": 1,
+        "exact_segments": 0,
+    }
+    variants.write_text(yaml.safe_dump({"learns": small, "cannot": {"variant": "block", "block_size": 4}}))
+    more = ["--no-cost", "--variants", str(variants), "--max-steps", "2", "--warm-start-steps", "2"]
+    more += ["--recover", str(30 * 4 * 24), "--recover-learning-rate", "0.03", "--distill", "0.5"]
+    rows = rows_of(finetune.main(arguments(folder, tmp_path / "out", *more, model=model, task=task)))
+    learns, cannot = rows["learns"]["recovery"], rows["cannot"]["recovery"]
+    assert learns["steps"] == 30 and learns["losses"][-1] < 0.9 * learns["losses"][0]
+    assert [error["variant"] for error in learns["errors"]] == ["linformer"] * 2
+    assert rows["learns"]["recovered"]["loss"] != rows["learns"]["before"]["loss"]
+    assert cannot["tokens"] == 0 and "no parameters to train" in cannot["note"]
+    assert rows["cannot"]["recovered"] == rows["cannot"]["before"]
+    assert all(row["status"] == "ok" and row["after"] for row in rows.values()), [row["error"] for row in rows.values()]
+    assert rows["dense"]["recovery"] is None
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "## Attention transfer" in written and "no parameters to train" in written
+    assert not list((tmp_path / "out").rglob("recovered.pt"))
+
+
+def test_distillation_pulls_the_loss_towards_the_dense_model(folder, tmp_path):
+    """On the same batch: the objective's loss is the task's plus the divergence, which is zero for an exact variant."""
+    model = GPT2LMHeadModel.from_pretrained(folder / "gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    batch = {"input_ids": torch.randint(5, 9, (3, 24)), "n_bytes": torch.tensor([90, 90, 90])}
+    losses = {}
+    for variant, hyper in (("flash", {}), ("block", {"block_size": 4, "num_sinks": 0})):
+        patch_model(model, variant, **hyper)
+        for weight in (0.0, 2.0):
+            losses[variant, weight] = float(Objective(model.eval(), "causal-lm", distill=weight).train()(batch)["loss"])
+        model.eval()
+        losses[variant, "eval"] = float(Objective(model, "causal-lm", distill=2.0).eval()(batch)["loss"])
+        unpatch_model(model)
+    assert losses["flash", 2.0] == pytest.approx(losses["flash", 0.0], abs=1e-5)
+    assert losses["block", 2.0] > losses["block", 0.0] + 1e-6
+    assert losses["block", "eval"] == pytest.approx(losses["block", 0.0], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ its parts

@@ -1,0 +1,35 @@
+"""
+How is a variant brought near its dense attention before its task is trained? By attention transfer
+(`hf_efficient_attn.recovery`), in the same Accelerate loop as fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from examples.training import Recipe
+from hf_efficient_attn.recovery import Transfer
+
+
+class TransferObjective(nn.Module):
+    """Batch -> the mean relative error of the layers' attention; the model runs on dense attention meanwhile."""
+
+    def __init__(self, model: PreTrainedModel, transfer: Transfer) -> None:
+        super().__init__()
+        self.model, self.transfer = model, transfer
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        self.model.base_model(**inputs)
+        return {"loss": self.transfer.loss()}
+
+
+def transfer_recipe(recipe: Recipe, tokens: int, max_length: int, processes: int, learning_rate: float) -> Recipe:
+    """The fine-tune's recipe for a transfer on at most `tokens` tokens, at least one step."""
+    per_step = recipe.batch_size * recipe.accumulation * processes * max_length
+    return replace(recipe, steps=max(1, tokens // per_step), learning_rate=learning_rate, weight_decay=0.0)
