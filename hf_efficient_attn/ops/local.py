@@ -286,7 +286,7 @@ def local_decoder(
     """
     n, new, slots = query.shape[2], context.new, context.key.shape[2]
     options = {"scaling": scaling, "dropout": dropout, "far": far}
-    if n <= pattern.stored and not (isinstance(new, int) and new == 0):
+    if reads_directly(n, context, pattern):
         return _direct(query, context, pattern, **options)
     if isinstance(new, int):
         skip = new // pattern.step * pattern.step if new >= pattern.before else 0
@@ -296,6 +296,14 @@ def local_decoder(
     query = take(query, (torch.arange(slots, device=query.device) - new[:, None]).clamp(0, n - 1))
     output = _by_residues(query, context, pattern, 0, **options)
     return take(output, (torch.arange(n, device=query.device) + new[:, None]).clamp_max(slots - 1))
+
+
+def reads_directly(n: int, context: Context, pattern: Segments | Band) -> bool:
+    """
+    Whether `local_decoder` reads n queries under one mask, wherever they stand. Otherwise they are cut into tiles, and
+    what it asks of `far` is for queries from a multiple of `pattern.step` on to the end of the context.
+    """
+    return n <= pattern.stored and not (isinstance(context.new, int) and context.new == 0)
 
 
 def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:
@@ -395,11 +403,18 @@ class _Window:
 
 
 def segment_encoder(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Segments, *, lengths: Tensor | None, **options
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Segments,
+    *,
+    lengths: Tensor | None,
+    far: Part | None = None,
+    **options,
 ) -> Tensor:
     """
-    Token t of segment s sees its whole segment and the memory before it; `lengths` (B,) or None as everywhere.
-    query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D).
+    Token t of segment s sees its whole segment and the memory before it; `lengths` (B,) or None as everywhere. `far` is a
+    part that joins them, for queries behind the first segment. query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D).
     """
     (batch, n), b = key.shape[0::2], pattern.block
     if n <= b:
@@ -413,7 +428,9 @@ def segment_encoder(
         back = min(pattern.memory, blocks.start)
         used = _used(key, lengths, blocks, back, 0)
         parts.append(blocks.part(key, value, back=back, mask=used))
-    if pattern.memory:
+    if far is not None:
+        parts.append(far)
+    if pattern.memory or far is not None:
         return joint_attention(query, parts, **options)
     outputs = []
     for part in parts:

@@ -70,29 +70,54 @@ def summary_decoder(
 
     bias: (H,), added to the logits of slots. state: what earlier calls left, or None; this call is added to it.
     """
-    count, b = 0 if state is None else state.count, segment_size
-    begun, ended = count // b, (count + (key.shape[2] if lengths is None else lengths)) // b
-    most = ended - begun if isinstance(ended, int) else (count % b + key.shape[2]) // b
-    pattern = Segments(b, exact_segments * b)
+    pattern = Segments(segment_size, exact_segments * segment_size)
     context = remember(state, key, value, pattern, num_sinks=num_sinks, lengths=lengths)
-    slots = None
-    if not isinstance(begun, int):
-        most = int((ended - begun).max())
-    if most:
-        slots = _summarise(context, summary, begun, most, b, num_sinks)
-    if state is not None:
-        store = state.store("slots", lambda: SlotStore(b, summary.slots))
-        if slots is not None:
-            store.extend(*slots, None if isinstance(ended, int) else (ended - begun) * summary.slots)
-        slots = (store.entries["key"], store.entries["value"]) if store.entries["key"] is not None else None
+    slots = remember_slots(
+        state, context, summary, key.shape[2], segment_size=segment_size, num_sinks=num_sinks, lengths=lengths
+    )
     far = None
     if slots is not None:
-        visible = _Visible(summary, b, exact_segments, num_sinks, query.shape[1], slots[0].shape[2], key.device)
+        slots = slots[:2]
+        visible = _Visible(
+            summary, segment_size, exact_segments, num_sinks, query.shape[1], slots[0].shape[2], key.device
+        )
 
         def far(position: Count) -> Part:
             return Part(*slots, mask=lambda begin, end: visible(position, begin, end), bias=bias)
 
     return local_decoder(query, context, pattern, scaling=scaling, dropout=dropout, far=far)
+
+
+def remember_slots(
+    state: AttentionState | None,
+    context: Context,
+    summary: Summary,
+    n: int,
+    *,
+    segment_size: int,
+    num_sinks: int,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Count] | None:
+    """
+    Puts the slots of the segments that a call of n tokens completes behind what the state holds under "slots", and gives
+    the keys and values (B, G, S, D) of all, and which slot of the sequence the first of them is; None without any.
+    `context` is what `remember` gave for the same call, back to the begin of the segment that the call begins in.
+    """
+    count, b = 0 if state is None else state.count, segment_size
+    begun, ended = count // b, (count + (n if lengths is None else lengths)) // b
+    most = ended - begun if isinstance(ended, int) else (count % b + n) // b
+    slots = None
+    if not isinstance(begun, int):
+        most = int((ended - begun).max())
+    if most:
+        slots = _summarise(context, summary, begun, most, b, num_sinks)
+    if state is None:
+        return None if slots is None else (*slots, 0)
+    store = state.store("slots", lambda: SlotStore(b, summary.slots))
+    if slots is not None:
+        store.extend(*slots, None if isinstance(ended, int) else (ended - begun) * summary.slots)
+    key, value, first = (store.entries[name] for name in ("key", "value", "first"))
+    return None if key is None else (key, value, first)
 
 
 def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int, num_sinks: int) -> list[Tensor]:

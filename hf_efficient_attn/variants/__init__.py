@@ -11,4 +11,5 @@ from . import (
     linear,
     performer,
     transformer_xl,
+    compressive,
 )
