@@ -17,6 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from . import kernels
+
 
 @dataclass(frozen=True)
 class TimeRatio:
@@ -102,10 +104,10 @@ def count_flops(fn: Callable[[], Any]) -> int:
     """
     Floating-point operations of `fn()`, forward and backward: matrix products, convolutions and attention kernels.
 
-    A multiply-add is two; element-wise work is not counted. A fused attention kernel counts all queries x keys also
+    A multiply-add is two; element-wise work is not counted, and PyTorch's operators stand in for compiled kernels. A fused attention kernel counts all queries x keys also
     where it is causal, as `torch.utils.flop_counter` does for all its kernels.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS) as counter:
+    with kernels.off(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS) as counter:
         fn()
     return int(counter.get_total_flops())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_efficient_attn import HostShape, TopkBlocksConfig, kernels
+from hf_efficient_attn import HostShape, TopkBlocksConfig, kernels, measuring
 from hf_efficient_attn.registry import build
 from hf_efficient_attn.variants.topk_blocks import _best
 
@@ -62,6 +62,17 @@ def test_of_equal_scores_the_lower_index(monkeypatch) -> None:
             monkeypatch.setenv("HF_EFFICIENT_ATTN_KERNELS", "0")
         assert [set(row.tolist()) for row in _best(scores.clone(), 2)] == wanted
         assert [set(row.tolist()) for row in _best(scores.clone(), 5)] == [set(range(5))] * 3
+
+
+@needs_compiler
+def test_flops_of_kernels_are_counted(monkeypatch) -> None:
+    def flops() -> int:
+        return measuring.count_flops(lambda: results(True, False, 64, 64))
+
+    with_kernels = flops()
+    monkeypatch.setenv("HF_EFFICIENT_ATTN_KERNELS", "0")
+    assert with_kernels == flops() > 1e8
+    assert kernels.load("chosen_blocks") is None
 
 
 def test_without_a_compiler_there_is_no_kernel(monkeypatch) -> None:

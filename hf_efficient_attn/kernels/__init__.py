@@ -15,8 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,20 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 def load(name: str) -> ctypes.CDLL | None:
     """The library made of `<name>.c` beside this file, or None where kernels are off or cannot be compiled."""
-    return None if os.environ.get("HF_EFFICIENT_ATTN_KERNELS") == "0" else _compiled(name)
+    return None if _held_off or os.environ.get("HF_EFFICIENT_ATTN_KERNELS") == "0" else _compiled(name)
+
+
+_held_off: list[None] = []
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Inside the block PyTorch does all the work, where its operators are to be seen."""
+    _held_off.append(None)
+    try:
+        yield
+    finally:
+        _held_off.pop()
 
 
 @cache
@@ -38,8 +52,8 @@ def _compiled(name: str) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None or ctypes.sizeof(_LONG) != 8:
         return None
-    text = source.read_text(encoding="utf-8")
-    key = hashlib.sha256("\0".join([text, *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
     cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_efficient_attn" / f"{name}-{key}.so"
     try:
         if not cached.exists():
