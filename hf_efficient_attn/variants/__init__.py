@@ -6,6 +6,8 @@ from . import (
     flash,
     sliding_window,
     combined,
+    routing,
+    cluster_former,
     topk_blocks,
     linformer,
     linear,

@@ -1,0 +1,416 @@
+"""
+Attention among tokens of one label (a cluster, a bucket). Keys are put in order of (label, position); then what a query
+reads is one interval of ranks,
+    decoder: the `window` most recent keys of its label, at or before it,
+    encoder: the nearest `window` keys of its label on each side and its own, or a chunk of the order,
+and a causal band cut at label boundaries is the special case where queries and keys have the same labels. With several
+orders (rounds of hashing) a query reads the union of its intervals, each key once; its own key joins where none has it.
+
+Queries are taken in order of their intervals, some to a tile; a tile reads the keys from the first to the last that any of
+its queries sees, by a fused kernel. So the cost is N (window + tile) D, and follows the labels: a label of few keys costs
+few. Queries and keys are copied tile by tile, some megabytes at a time, in whatever order they are stored.
+
+Letters: B batch, H query heads, G key/value heads, N queries of this call, S keys (in a decoder those stored and the
+call's own), D head size, C labels, R rounds; n tiles of T queries and L keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..caching import AttentionState, TokenStore, column
+from .exact import gathered_attention
+from .joint import HUGE, Part, _backward, _forward, joint_attention
+from .tiles import _rows, _Space
+
+TILE = 64  # queries
+AREA = 2**19  # weights that exist at one time
+STEP = 8  # new tokens up to which each query's keys are copied side by side
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """
+    One order of the keys of all batch rows and key heads, and what every query reads of it. order: (B G S,) int64, the key
+    at each rank, as its place in the flattened (B, G, S). low, high: (B, H, N) int64, ranks low..high-1, which ascend
+    together: of two queries one has neither bound above the other's.
+    """
+
+    order: Tensor
+    low: Tensor
+    high: Tensor
+
+    def ranks(self) -> Tensor:
+        """(B G S,): the rank of each key."""
+        return torch.empty_like(self.order).scatter_(
+            0, self.order, torch.arange(len(self.order), device=self.order.device)
+        )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """
+    Keys in order of (batch row and key head, label, slot); slots without a token have the label C. codes: (B G S,) int64,
+    ascending, (head * (C + 1) + label) * (size + 1) + slot. starts: (B, G, C + 2), the first rank of each label, and the end.
+    """
+
+    codes: Tensor
+    order: Tensor
+    starts: Tensor
+    size: int
+
+    @staticmethod
+    def of(labels: Tensor, count: int, used: Tensor | None = None) -> Labels:
+        """labels: (B, G, S), integers below `count`, or `count` where there is no token; so where not `used` (B, S)."""
+        labels, (batch, groups, size) = labels.to(torch.int64), labels.shape
+        if used is not None:
+            labels = labels.masked_fill(~used[:, None], count)
+        heads = torch.arange(batch * groups, device=labels.device).view(batch, groups, 1) * (count + 1)
+        codes = (heads + labels) * (size + 1) + torch.arange(size, device=labels.device)
+        codes, order = torch.sort(codes.flatten())
+        starts = heads + torch.arange(count + 2, device=labels.device)
+        return Labels(codes, order, torch.searchsorted(codes, starts * (size + 1)), size)
+
+    def ranks(self, labels: Tensor, before: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        For queries of these labels (B, H, N), of (B, H, N) each: the rank of the first key of the label, one past that of the
+        last in a slot < `before` (B, N), which is at least 0, and one past that of the last of all. Where not `live` (B, N),
+        all three are the rank of the first key that is no token.
+        """
+        groups, places = self.starts.shape[1:]
+        labels, before = labels.to(torch.int64), before[:, None]
+        if live is not None:
+            labels = labels.masked_fill(~live[:, None], places - 2)
+            before = before.masked_fill(~live[:, None], 0)
+        heads = torch.arange(self.starts[..., 0].numel(), device=labels.device).view(-1, groups)
+        heads = heads.repeat_interleave(labels.shape[1] // groups, 1)[..., None]
+        place, codes = heads * places + labels, (heads * (places - 1) + labels) * (self.size + 1)
+        start, stop = self.starts.flatten()[place], self.starts.flatten()[place + 1]
+        end = torch.searchsorted(self.codes, codes + before)
+        return start, end, stop if live is None else torch.where(live[:, None], stop, start)
+
+    def chunks(self, size: int, heads: int, lengths: Tensor | None, back: int = 0) -> Intervals:
+        """Each row's tokens cut, in this order, into chunks of `size`: a token reads its chunk and `back` before it."""
+        (batch, groups), n = self.starts.shape[:2], self.size
+        base = n * torch.arange(batch * groups, device=self.order.device).view(batch, groups, 1)
+        rank = Intervals(self.order, self.order, self.order).ranks().view(batch, groups, n) - base
+        low, end = rank // size * size, n if lengths is None else lengths[:, None, None]
+        high = torch.clamp_max(low + size, end)
+        low = torch.minimum((low - back * size).clamp_min(0), high)
+        low, high = ((x + base).repeat_interleave(heads // groups, 1) for x in (low, high))
+        return Intervals(self.order, low, high)
+
+
+class LabelStore(TokenStore):
+    """Labels of all tokens: "key" holds them as (B, G, S, R), "value" nothing."""
+
+
+@torch.compiler.disable
+def past_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    count: int,
+    window: int,
+    lengths: Tensor | None,
+    state: AttentionState | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """
+    Decoder: token t reads, in every round, the `window` most recent keys j <= t of its query's label, and itself.
+
+    query (B, H, N, D), key and value (B, G, N, D), compacted, `lengths` (B,) or None; labels of queries (B, H, N, R) and
+    keys (B, G, N, R), integers below `count`. state: what earlier calls left, or None; this call is added to it.
+    """
+    options = {"scaling": scaling, "dropout": dropout}
+    n, offset = query.shape[2], 0
+    if state is not None:
+        offset = state.count
+        buffer = state.store("tokens", TokenStore).extend(key, value, lengths)
+        key, value = buffer.key, buffer.value
+        labels = key_labels.to(torch.int32)
+        key_labels = state.store("labels", LabelStore).extend(labels, labels[..., :0], lengths).key
+    position = (column(offset) + torch.arange(n, device=query.device)).expand(query.shape[0], n)
+    if n <= STEP and state is not None:
+        slots, seen = _recent(query_labels, key_labels, position, window)
+        return gathered_attention(query, key, value, slots, seen, **options)
+    used = live = None
+    if lengths is not None or not isinstance(offset, int):
+        total = torch.as_tensor(offset + (n if lengths is None else lengths)).view(-1, 1)
+        used, live = torch.arange(key.shape[2], device=key.device) < total, position < total
+    rounds, alone = [], torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
+    for r in range(key_labels.shape[3]):
+        labels = Labels.of(key_labels[..., r], count, used)
+        start, end, _ = labels.ranks(query_labels[..., r], position + 1, live)
+        rounds.append(Intervals(labels.order, torch.maximum(start, end - window), end))
+        alone &= query_labels[..., r] != _at(key_labels[..., r], position, query.shape[1])
+    own = torch.where(alone, position[:, None], -1)
+    return interval_attention(query, key, value, rounds, own=own, **options)
+
+
+@torch.compiler.disable
+def near_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    count: int,
+    window: int,
+    lengths: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Encoder, as `past_attention`: the nearest `window` keys on each side of t with its query's label, and key t."""
+    n = query.shape[2]
+    position = torch.arange(n, device=query.device).expand(query.shape[0], n)
+    live = None if lengths is None else position < lengths[:, None]
+    rounds, alone = [], torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
+    for r in range(key_labels.shape[3]):
+        labels = Labels.of(key_labels[..., r], count, live)
+        start, end, stop = labels.ranks(query_labels[..., r], position + 1, live)
+        same = query_labels[..., r] == key_labels[..., r].repeat_interleave(query.shape[1] // key.shape[1], 1)
+        low = torch.maximum(start, end - same.to(torch.int64) - window)
+        rounds.append(Intervals(labels.order, low, torch.minimum(stop, end + window)))
+        alone &= ~same
+    own = torch.where(alone, position[:, None], -1)
+    return interval_attention(query, key, value, rounds, own=own, scaling=scaling, dropout=dropout)
+
+
+def _at(labels: Tensor, position: Tensor, heads: int) -> Tensor:
+    """labels (B, G, S) at slots position (B, N) -> (B, H, N)."""
+    index = position.clamp_max(labels.shape[2] - 1)[:, None].expand(-1, labels.shape[1], -1)
+    return torch.gather(labels, 2, index).repeat_interleave(heads // labels.shape[1], 1)
+
+
+def _recent(query_labels: Tensor, key_labels: Tensor, position: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """The keys that few queries read: slots (B, H, N, K) int64 and, alike, which of them count."""
+    heads, groups, size, rounds = query_labels.shape[1], *key_labels.shape[1:]
+    slot = torch.arange(size, device=key_labels.device, dtype=torch.int32)
+    here = position[:, None, :, None]
+    visible = slot == here
+    for r in range(rounds):
+        keys = key_labels[..., r].repeat_interleave(heads // groups, 1)[:, :, None]
+        of_label = torch.where((keys == query_labels[..., r, None]) & (slot <= here), slot, -1)
+        oldest = of_label.topk(min(window, size), -1).values[..., -1:]
+        visible = visible | ((of_label >= oldest) & (of_label >= 0))
+    best = torch.where(visible, slot, -1).topk(min(rounds * window + 1, size), -1).values
+    return best.to(torch.int64), best >= 0
+
+
+@torch.compiler.disable
+def interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rounds: list[Intervals],
+    *,
+    own: Tensor | None = None,
+    apart: Tensor | None = None,
+    scaling: float,
+    dropout: float = 0.0,
+    tile: int = TILE,
+) -> Tensor:
+    """
+    Each query reads the union of its intervals, each key once; zeros where there is none.
+
+    query (B, H, N, D), key and value (B, G, S, D). own, apart: (B, H, N) int64 or None, a slot that the query reads besides
+    its intervals, which then do not hold it, and a slot that it never reads in an interval; -1 where there is none.
+    """
+    bands = []
+    for r, one in enumerate(rounds):
+        first = r == 0 and own is not None
+        earlier = [(before, before.ranks()) for before in rounds[:r]]
+        tiles = _tiles(one, tile)
+        bands.append(SortedBand(key, value, one, tiles, earlier, own if first else None, apart))
+    return joint_attention(query, bands, scaling=scaling, dropout=dropout)
+
+
+def _tiles(intervals: Intervals, tile: int) -> list[tuple[Tensor, Tensor, int]]:
+    """
+    Tiles of about equal width together: rows (n, T) int64, queries of the flattened (B, H, N), or B H N in a slot that no
+    query fills; first (n,) int64, the first rank that the tile reads; L, how many it reads.
+    """
+    low, high, size = intervals.low.flatten(), intervals.high.flatten(), len(intervals.order)
+    codes, row = torch.sort(low * (size + 1) + high)
+    low, high, count, device = codes // (size + 1), codes % (size + 1), len(row), row.device
+    tile = min(tile, count)
+    index = torch.arange(count, device=device)
+    apart = torch.zeros_like(index)  # the first query of those whose intervals hang together, which alone share tiles
+    apart[1:] = index[1:] * ((low[1:] > low[:-1]) & (low[1:] >= high[:-1]))
+    begin = ((index - apart.cummax(0).values) % tile == 0).nonzero()[:, 0]
+    end = torch.cat([begin[1:], begin.new_tensor([count])])
+    length, place = torch.sort((high[end - 1] - low[begin]).clamp_min(1), descending=True)
+    begin, end, lengths = begin[place], end[place], length.tolist()
+    first, slot = low[begin], torch.arange(tile, device=device)
+    tiles, done = [], 0
+    while done < len(lengths):
+        width = min(-(-lengths[done] // 16) * 16, size)
+        piece = slice(done, done + max(1, AREA // (tile * width)))
+        index = begin[piece, None] + slot
+        rows = row[index.clamp_max(count - 1)].masked_fill_(index >= end[piece, None], count)
+        tiles.append((rows, first[piece].clamp_max(size - width), width))
+        done = piece.stop
+    return tiles
+
+
+@dataclass(frozen=True)
+class SortedBand:
+    """
+    A part for `joint_attention`: what the queries read by one order, and the keys `own`. A key that a query has read by one
+    of the `earlier` orders, which come with the ranks of keys in them, is left out; and so is the slot `apart`.
+    """
+
+    key: Tensor
+    value: Tensor
+    intervals: Intervals
+    tiles: list[tuple[Tensor, Tensor, int]]
+    earlier: list[tuple[Intervals, Tensor]]
+    own: Tensor | None = None
+    apart: Tensor | None = None
+    bias: None = None
+    scatter: None = None
+    span: tuple[int, None] = (0, None)
+
+    def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
+        """As `Part.accumulate`."""
+        accurate, count = torch.promote_types(query.dtype, torch.float32), query.shape[:3].numel()
+        queries, keys, values = (x.reshape(-1, x.shape[3]) for x in (query, key, value))
+        own, before, kept, space = self._places(self.own), None, [], _Space(query)
+        if output is None:
+            output, total = queries.new_empty(count + 1, query.shape[3], dtype=accurate), None
+            total = output.new_empty(count + 1)
+        else:
+            before = output, total = [
+                torch.cat([x.flatten(0, 2), x.new_zeros(1, *x.shape[3:])]) for x in (output, total)
+            ]
+        for rows, _, part in self._parts(keys, values, space):
+            flat = rows.flatten()
+            q = _copy(queries, flat.clamp_max(count - 1), space, "q")
+            out, lse, keep = _forward(
+                q.view(len(rows), 1, -1, q.shape[1]), part.key, part.value, part, scaling, dropout
+            )
+            out, lse, keep_own = out.reshape(q.shape).to(accurate), lse.flatten().to(accurate), None
+            if own is not None:
+                place = own[flat]
+                safe = place.clamp_min(0)
+                k, v = (_copy(x, safe, space, name).to(accurate) for x, name in ((keys, "own k"), (values, "own v")))
+                logit = ((q.to(accurate) * k).sum(-1) * scaling).masked_fill_(place < 0, float("-inf"))
+                if dropout:
+                    keep_own = (torch.rand_like(logit) >= dropout).to(accurate)[:, None] / (1 - dropout)
+                    v = v * keep_own
+                out, lse = _merge(out, lse, v, logit)
+            if before is not None:
+                out, lse = _merge(out, lse, *(x.index_select(0, flat) for x in before))
+            output.index_copy_(0, flat, out)
+            total.index_copy_(0, flat, lse)
+            kept.append((keep, keep_own))
+        return output[:-1].view(query.shape), total[:-1].view(query.shape[:3]), kept
+
+    def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, kept):
+        """As `Part.differentiate`."""
+        count, own = query.shape[:3].numel(), self._places(self.own)
+        tables = [x.reshape(-1, x.shape[3]) for x in (grad, query, output)]
+        keys, values = (x.reshape(-1, x.shape[3]) for x in (key, value))
+        total = torch.cat([total.flatten(), total.new_full((1,), HUGE)])
+        dq = query.new_empty(count + 1, query.shape[3], dtype=total.dtype)
+        dk, dv = (torch.zeros_like(x, dtype=total.dtype) for x in (keys, values))
+        space = _Space(query)
+        for (rows, slots, part), (keep, keep_own) in zip(self._parts(keys, values, space), kept, strict=True):
+            flat = rows.flatten()
+            safe = flat.clamp_max(count - 1)
+            per_row = [_copy(x, safe, space, name) for x, name in zip(tables, "gqo", strict=True)]
+            lse, dims = total.index_select(0, flat), (len(rows), 1, -1, query.shape[3])
+            g, q, o = (x.view(dims) for x in per_row)
+            given = _backward(g, q, part.key, part.value, o, lse.view(len(rows), 1, -1), part, scaling, dropout, keep)
+            dq1, dk1, dv1 = (x.reshape(-1, x.shape[3]).to(total.dtype) for x in given)
+            dk.index_add_(0, slots, dk1)
+            dv.index_add_(0, slots, dv1)
+            if own is not None:
+                g, q, o = (x.to(total.dtype) for x in per_row)
+                place = own[flat]
+                safe = place.clamp_min(0)
+                k, v = (_copy(x, safe, space, name).to(total.dtype) for x, name in ((keys, "own k"), (values, "own v")))
+                weight = torch.exp((q * k).sum(-1) * scaling - lse).masked_fill_(place < 0, 0.0)[:, None]
+                dropped = 1 if keep_own is None else keep_own
+                dlogit = weight * (g * (v * dropped - o)).sum(-1, keepdim=True) * scaling
+                dq1 = dq1.addcmul(dlogit, k)
+                dk.index_add_(0, safe, dlogit * q)
+                dv.index_add_(0, safe, weight * dropped * g)
+            dq.index_copy_(0, flat, dq1)
+        return dq[:-1].view(query.shape), dk.view(key.shape), dv.view(value.shape), None
+
+    def _parts(self, keys: Tensor, values: Tensor, space: _Space):
+        """Of each group of tiles the rows (n, T), its keys' places (n L,) in the flattened (B, G, S), and the part itself."""
+        orders = [(self.intervals, None), *self.earlier]
+        bounds = [(_extended(one.low), _extended(one.high), ranks) for one, ranks in orders]
+        apart = self._places(self.apart)
+        for rows, first, width in self.tiles:
+            places = (first[:, None] + torch.arange(width, device=first.device)).flatten()
+            places = self.intervals.order.index_select(0, places)
+            k, v = (_copy(x, places, space, name) for x, name in ((keys, "k"), (values, "v")))
+            k, v = (x.view(len(rows), 1, width, -1) for x in (k, v))
+            yield rows, places, Part(k, v, mask=_Seen(rows, first, places, bounds, apart))
+
+    def _places(self, slots: Tensor | None) -> Tensor | None:
+        """Slots (B, H, N) -> (B H N + 1,), their places in the flattened (B, G, S); -1 where there is none."""
+        if slots is None:
+            return None
+        batch, groups, size = self.key.shape[:3]
+        heads = torch.arange(batch * groups, device=slots.device).view(batch, groups)
+        heads = heads.repeat_interleave(slots.shape[1] // groups, 1)[..., None]
+        return _extended(torch.where(slots < 0, -1, slots + heads * size))
+
+
+def _copy(table: Tensor, index: Tensor, space: _Space, name: str) -> Tensor:
+    """The entries `index` (n,) of table (m, D), in the space of that name."""
+    return _rows(table, index, space(name, len(index), table.shape[1]))
+
+
+def _extended(x: Tensor) -> Tensor:
+    """(B, H, N) -> (B H N + 1,); the slot that no query fills matches nothing."""
+    return torch.cat([x.flatten(), x.new_full((1,), -1)])
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two results (n, D) on disjoint keys, with their log-sum-exp (n,), as one; `out` is overwritten."""
+    joined = torch.logaddexp(lse, other_lse)
+    safe = joined.masked_fill(joined == float("-inf"), 0.0)
+    out = out.mul_(torch.exp(lse - safe)[:, None]).addcmul_(other, torch.exp(other_lse - safe)[:, None])
+    return out, joined
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """
+    The mask of some tiles, as `Part.mask`. bounds: low, high (B H N + 1,) of this order, and of each earlier one with the
+    ranks (B G S,) that keys have in it.
+    """
+
+    rows: Tensor
+    first: Tensor
+    places: Tensor
+    bounds: list[tuple[Tensor, Tensor, Tensor | None]]
+    apart: Tensor | None
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        """(n, 1, end - begin, L)."""
+        rows, first, places = self.rows[:, begin:end], self.first[:, None], self.places.view(len(self.first), 1, -1)
+        low, high = ((x[rows] - first).to(torch.int32)[..., None] for x in self.bounds[0][:2])
+        key = torch.arange(places.shape[2], device=first.device, dtype=torch.int32)
+        seen = (key >= low).logical_and_(key < high)
+        for low, high, ranks in self.bounds[1:]:
+            rank = ranks[places].to(torch.int32)
+            low, high = (x[rows].to(torch.int32)[..., None] for x in (low, high))
+            seen.logical_and_((rank < low).logical_or_(rank >= high))
+        if self.apart is not None:
+            seen.logical_and_(places.to(torch.int32) != self.apart[rows].to(torch.int32)[..., None])
+        return seen[:, None]
