@@ -22,7 +22,8 @@ ORDER = [  # a module may import from those before it
     {"swapping"},
     {"modeling", "positions"},
     {"patching"},
-    {"hub", "recovery", "selection"},
+    {"hub", "recovery"},
+    {"selection"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

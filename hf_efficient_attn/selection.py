@@ -1,0 +1,388 @@
+"""
+Which variant for which layer? `select_variants` finds the mapping that meets a budget, from the user's own text.
+
+One pass over the text, forward and backward, through the dense model: at every layer each candidate reads the layer's own
+queries, keys and values. With d_t the change of token t's attention output and g_t the gradient of the mean loss over T
+tokens with respect to it, the rise of the loss is predicted as
+
+    rise = T / 2 sum_t (g_t . d_t)^2,
+
+the Gauss-Newton term with the empirical Fisher matrix in place of the Hessian (Theis 2018, arXiv:1801.05787, uses it for
+pruning); the first-order term vanishes at a trained model up to noise. Rises of layers add up. Costs are measured: each
+candidate alone, at the text's length, on this machine, against exact attention. Then the mappings that are best for some
+exchange rate of loss against cost form a curve, of which few are run to see what they really lose.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import measuring
+from .config import EfficientAttentionConfig
+from .hosts import base_model, find_hosts
+from .losses import causal_lm_losses, has_plain_head
+from .ops.exact import exact_attention
+from .patching import patched
+from .recovery import patched_layers
+from .registry import build, get_info
+from .swapping import make_config
+from .variant import EfficientAttention, HostShape
+
+COSTS = ("time", "memory", "flops", "state")
+DENSE = "dense"
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    What may be lost, or what may be spent. Exactly one of the two is given.
+
+    max_loss: the highest loss of quality, as the relative rise of exp(loss): 0.02 is two per cent of perplexity. The
+        cheapest mapping within it is wanted.
+    max_cost: the highest cost of attention as a share of dense attention's. The best mapping within it is wanted.
+    cost: "time" of a forward pass, its peak "memory", its "flops", or bytes of decoder "state".
+    """
+
+    max_loss: float | None = None
+    max_cost: float | None = None
+    cost: str = "time"
+
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise ValueError(f"Budget.cost = {self.cost!r}: choose one of {', '.join(COSTS)}.")
+        if (self.max_loss is None) == (self.max_cost is None):
+            raise ValueError("Budget: give either max_loss (such as 0.02) or max_cost (such as 0.33).")
+        given = self.max_loss if self.max_cost is None else self.max_cost
+        if not given > 0:
+            raise ValueError(f"Budget: {given!r} is not above 0.")
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    A mapping with what it costs and loses: `labels` names each layer's candidate; `cost` is a share of dense attention's;
+    `predicted` and `measured` are relative rises of exp(loss), `measured` None where it was not run.
+    """
+
+    labels: tuple[str, ...]
+    cost: float
+    predicted: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """
+    One candidate in one layer: its attention's `error`, the squared distance from dense relative to dense's square, and the
+    `rise` of the loss, in nats, that is predicted.
+    """
+
+    layer: int
+    label: str
+    error: float
+    rise: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    The result. `mapping` is what `patch_model` takes (layers that stay dense are left out, so it may be empty); `chosen` is
+    its point; `curve` holds the non-dominated mappings by rising cost, `uniform` each candidate in all layers, measured;
+    `scores` every candidate in every layer; `costs` each candidate's share of dense attention's cost, by kind of cost.
+    """
+
+    mapping: dict[str, EfficientAttentionConfig]
+    chosen: Point
+    curve: list[Point]
+    uniform: list[Point]
+    scores: list[LayerScore]
+    costs: dict[str, dict[str, float]]
+    budget: Budget
+    dense_loss: float = field(default=math.nan)
+
+
+def default_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean loss in nats: the model's own where the batch has `labels`, else that of the next tokens."""
+    if "labels" in batch:
+        return model(**batch).loss
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if has_plain_head(model, ids):
+        losses, predicted = causal_lm_losses(model, ids, mask)
+        return losses.sum() / predicted.sum()
+    labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
+    return model(**batch, labels=labels, use_cache=False).loss
+
+
+def select_variants(
+    model: nn.Module,
+    data: Iterable[Mapping[str, Tensor]],
+    *,
+    candidates: Sequence[Any],
+    budget: Budget,
+    loss: Loss = default_loss,
+    runs: int = 6,
+) -> Selection:
+    """
+    The mapping of layers to variants that meets the budget, measured on `data`: batches of the model's inputs, of the length
+    that counts. The model is the dense one and stays as it is.
+
+    candidates: names, configs, config dicts, or (name or label, config) pairs; dense is always one of them.
+    loss: (model, batch) -> the mean loss in nats. runs: how many mappings of the curve may be run.
+
+    Raises:
+        ValueError: no data or no candidate, data without labels for a model that does not predict the next token, a
+            candidate that cannot serve the model, or a budget that nothing meets, with the nearest that exists.
+    """
+    batches = list(data)
+    if not batches:
+        raise ValueError("select_variants needs text: `data` has no batch.")
+    hosts = find_hosts(base_model(model))
+    table = _labelled(candidates, [host.shape for host in hosts])
+    training = model.training
+    model.eval()
+    try:
+        dense_loss, scores = _calibrate(model, batches, table, loss)
+        length = max(batch["input_ids"].shape[1] for batch in batches)
+        device = batches[0]["input_ids"].device
+        costs = {name: _costs(name, table, hosts[0].shape, length, device) for name in COSTS}
+        curve = _curve(scores, costs[budget.cost], len(hosts), list(table))
+
+        def run(point: Point) -> Point:
+            mapping = _mapping(point.labels, table)
+            if not mapping:
+                return Point(point.labels, point.cost, point.predicted, 0.0)
+            with patched(model, mapping):
+                rise = _mean_loss(model, batches, loss) - dense_loss
+            return Point(point.labels, point.cost, point.predicted, math.expm1(min(rise, 700.0)))
+
+        uniform = [run(_point([label] * len(hosts), scores, costs[budget.cost])) for label in table]
+        chosen, curve = _search(curve, uniform, budget, run, runs)
+    finally:
+        model.train(training)
+    return Selection(_mapping(chosen.labels, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
+
+
+def _labelled(candidates: Sequence[Any], shapes: list[HostShape]) -> dict[str, EfficientAttentionConfig]:
+    """Label -> config, each of them checked against every layer."""
+    table: dict[str, EfficientAttentionConfig] = {}
+    for candidate in candidates:
+        label, choice = candidate if isinstance(candidate, tuple) else (None, candidate)
+        config = make_config(choice)
+        module_class = get_info(config.name).module_class
+        config = module_class.resolve(config, shapes[0])
+        for shape in shapes:
+            module_class.check_host(config, shape)
+        label = label or (choice if isinstance(choice, str) else config.name)
+        if label in table or label == DENSE:
+            raise ValueError(f"two candidates are called {label!r}; give each a label, as in ('small window', config).")
+        table[label] = config
+    if not table:
+        raise ValueError("select_variants needs at least one candidate beside dense.")
+    return table
+
+
+class _Trial:
+    """A forward hook of one exact layer, which tries the candidates on its inputs when the output's gradient arrives."""
+
+    def __init__(self, layer: int, modules: dict[str, EfficientAttention]) -> None:
+        self.layer, self.modules = layer, modules
+        self.distance = dict.fromkeys(modules, 0.0)
+        self.rise = dict.fromkeys(modules, 0.0)
+        self.square = 0.0
+        self.weight = 1.0  # of the batch among all
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # not the pass that counts
+            return output
+        kept = tuple(x.detach() for x in args)
+        exact = output.detach()
+        kwargs = {name: kwargs[name] for name in ("padding", "scaling", "causal", "hidden") if name in kwargs}
+        rows = kwargs["padding"]
+        tokens = exact.shape[0] * exact.shape[2] if rows is None else int(rows.lengths.sum())
+        self.square += float(exact.float().square().sum())
+        output = output if output.requires_grad else output.requires_grad_(True)
+        output.register_hook(lambda gradient: self._try(gradient, kept, kwargs, exact, tokens))
+        return output
+
+    @torch.no_grad()
+    def _try(self, gradient: Tensor, args: tuple, kwargs: dict[str, Any], exact: Tensor, tokens: int) -> None:
+        for label, variant in self.modules.items():
+            change = (variant(*args, **kwargs) - exact).float()
+            self.distance[label] += float(change.square().sum())
+            along = (gradient.float() * change).sum((1, 3))  # (B, N)
+            self.rise[label] += self.weight * tokens / 2 * float(along.square().sum())
+
+    def scores(self) -> list[LayerScore]:
+        return [
+            LayerScore(self.layer, label, self.distance[label] / max(self.square, 1e-30), self.rise[label])
+            for label in self.modules
+        ]
+
+
+def _calibrate(model, batches, table, loss) -> tuple[float, list[LayerScore]]:
+    """The dense loss and every candidate's score in every layer, from one forward and backward pass over the batches."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    total, trials, handles = 0.0, [], []
+    with patched(model, "flash"):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for number, _, exact in patched_layers(model):
+                weight = next(model.parameters())
+                modules = {
+                    label: build(get_info(config.name).module_class.resolve(config, exact.host), exact.host)
+                    .to(device=weight.device, dtype=weight.dtype)
+                    .eval()
+                    for label, config in table.items()
+                }
+                trials.append(_Trial(number, modules))
+                handles.append(exact.register_forward_hook(trials[-1], with_kwargs=True))
+            for batch in batches:
+                for trial in trials:
+                    trial.weight = 1 / len(batches)
+                value = loss(model, batch)
+                value.backward()
+                total += float(value.detach()) / len(batches)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, requires in wanted.items():
+                parameter.requires_grad_(requires)
+    return total, [score for trial in trials for score in trial.scores()]
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], loss: Loss) -> float:
+    return sum(float(loss(model, batch)) for batch in batches) / len(batches)
+
+
+def _costs(kind: str, table, shape: HostShape, length: int, device: torch.device) -> dict[str, float]:
+    """Each candidate's cost as a share of exact attention's, for one text of `length` tokens; dense is 1."""
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    query, key, value = (torch.randn(1, n, length, shape.head_dim, device=device) for n in heads)
+    hidden = torch.randn(1, length, shape.hidden_size, device=device)
+    options = {"scaling": shape.head_dim**-0.5, "causal": shape.causal}
+
+    @torch.no_grad()
+    def dense() -> None:
+        exact_attention(query, key, value, lengths=None, **options)
+
+    costs = {DENSE: 1.0}
+    for label, config in table.items():
+        module = build(get_info(config.name).module_class.resolve(config, shape), shape).to(device).eval()
+        extra = {"hidden": hidden} if module.needs_hidden else {}
+
+        @torch.no_grad()
+        def ours(module: EfficientAttention = module, extra: dict = extra) -> None:
+            module(query, key, value, **options, **extra)
+
+        if kind == "time":
+            costs[label] = measuring.time_ratio(ours, dense, device=device).ratio
+        elif kind == "memory":
+            costs[label] = measuring.peak_memory(ours, device) / measuring.peak_memory(dense, device)
+        elif kind == "flops":
+            costs[label] = measuring.count_flops(ours) / measuring.count_flops(dense)
+        elif shape.causal:
+            state = module.make_state()
+            with torch.no_grad():
+                state.update(key, value)
+                module(query, key, value, state=state, **options, **extra)
+            costs[label] = state.nbytes / (measuring.storage_bytes([key]) + measuring.storage_bytes([value]))
+        else:
+            costs[label] = 1.0  # an encoder keeps nothing
+    return costs
+
+
+def _point(labels: Sequence[str], scores: Sequence[LayerScore], costs: Mapping[str, float]) -> Point:
+    rises = {(score.layer, score.label): score.rise for score in scores}
+    rise = sum(rises.get((layer, label), 0.0) for layer, label in enumerate(labels))
+    return Point(tuple(labels), sum(costs[label] for label in labels) / len(labels), math.expm1(min(rise, 700.0)))
+
+
+def _curve(scores: Sequence[LayerScore], costs: Mapping[str, float], layers: int, labels: Sequence[str]) -> list[Point]:
+    """
+    The lower convex hull of (cost, predicted rise): every mapping that is best for some exchange rate, by rising cost. From
+    each layer's cheapest candidate on, the steps along the layers' own hulls are taken in order of rise saved per cost.
+    """
+    steps, start = [], []
+    for layer in range(layers):
+        options = [(costs[DENSE], 0.0, DENSE)]
+        rises = {score.label: score.rise for score in scores if score.layer == layer}
+        options += [(costs[label], rises[label], label) for label in labels]
+        hull: list[tuple[float, float, str]] = []
+        for cost, rise, label in sorted(options):
+            if hull and rise >= hull[-1][1]:
+                continue
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (cost, rise, label)):
+                hull.pop()
+            hull.append((cost, rise, label))
+        start.append(hull[0][2])
+        steps += [(_slope(a, b), layer, b[2]) for a, b in itertools.pairwise(hull)]
+    chosen = list(start)
+    curve = [_point(chosen, scores, costs)]
+    for _, layer, label in sorted(steps, key=lambda step: -step[0]):
+        chosen[layer] = label
+        curve.append(_point(chosen, scores, costs))
+    return curve
+
+
+def _slope(cheap: tuple, dear: tuple) -> float:
+    """Rise saved per cost spent."""
+    return (cheap[1] - dear[1]) / max(dear[0] - cheap[0], 1e-12)
+
+
+def _search(curve, uniform, budget: Budget, run: Callable[[Point], Point], runs: int) -> tuple[Point, list[Point]]:
+    """The best point within the budget among those that are run, and the curve with what was measured of it."""
+    curve = list(curve)
+    if budget.max_cost is not None:
+        within = [i for i, point in enumerate(curve) if point.cost <= budget.max_cost]
+        for i in within[-runs:]:
+            curve[i] = run(curve[i])
+        found = [curve[i] for i in within if curve[i].measured is not None]
+        found += [point for point in uniform if point.cost <= budget.max_cost]
+        if not found:
+            nearest = min([*curve, *uniform], key=lambda point: point.cost)
+            raise ValueError(
+                f"no candidate costs at most {budget.max_cost:g} of dense attention's {budget.cost}; the cheapest mapping, "
+                f"{_words(nearest)}, costs {nearest.cost:.3g}. Give cheaper candidates or a higher max_cost."
+            )
+        return min(found, key=lambda point: point.measured), curve
+    low, high = 0, len(curve) - 1  # the last point loses least; find the first that meets the budget
+    while low < high and runs > 0:
+        middle, runs = (low + high) // 2, runs - 1
+        curve[middle] = run(curve[middle])
+        low, high = (low, middle) if curve[middle].measured <= budget.max_loss else (middle + 1, high)
+    if curve[high].measured is None:
+        curve[high] = run(curve[high])
+    found = [p for p in [*curve, *uniform] if p.measured is not None and p.measured <= budget.max_loss]
+    if not found:
+        nearest = min((p for p in [*curve, *uniform] if p.measured is not None), key=lambda point: point.measured)
+        raise ValueError(
+            f"no mapping loses at most {budget.max_loss:.3g}; the nearest, {_words(nearest)}, loses {nearest.measured:.3g}. "
+            "Give better candidates or a higher max_loss."
+        )
+    return min(found, key=lambda point: (point.cost, point.measured)), curve
+
+
+def _words(point: Point) -> str:
+    counts = {label: point.labels.count(label) for label in dict.fromkeys(point.labels)}
+    return ", ".join(f"{label} in {count} layer{'s' if count > 1 else ''}" for label, count in counts.items())
+
+
+def _mapping(
+    labels: Sequence[str], table: Mapping[str, EfficientAttentionConfig]
+) -> dict[str, EfficientAttentionConfig]:
+    """Layers -> config, dense layers left out."""
+    numbers: dict[str, list[str]] = {}
+    for layer, label in enumerate(labels):
+        if label != DENSE:
+            numbers.setdefault(label, []).append(str(layer))
+    return {",".join(layers): table[label] for label, layers in numbers.items()}

@@ -1,0 +1,125 @@
+"""The mapping that meets a budget is found from one pass, checked by running it, and never worse than a uniform choice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from zoo import ZOO
+
+from hf_efficient_attn import BlockConfig, FlashConfig, SlidingWindowConfig, patch_model, unpatch_model
+from hf_efficient_attn.hosts import find_hosts
+from hf_efficient_attn.recovery import attention_errors
+from hf_efficient_attn.selection import Budget, _calibrate, _labelled, default_loss, select_variants
+
+CANDIDATES = [
+    ("narrow", SlidingWindowConfig(window=2, num_sinks=1)),
+    ("wide", SlidingWindowConfig(window=24, num_sinks=1)),
+    ("block", BlockConfig(block_size=4, num_sinks=1)),
+]
+
+
+def sharpened(name: str = "llama"):
+    """A tiny model whose attention matters, and texts for it."""
+    tiny = ZOO[name]
+    model = tiny.build()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(word in key for word in ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value")):
+                parameter.mul_(4)
+    batches = [tiny.inputs(2, 40), tiny.inputs(2, 40, "left")]
+    if tiny.kind == "encoder":
+        batches = [{**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in batches]
+    return model, batches
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_is_chosen_keeps_its_promise_and_the_model_stays(name: str) -> None:
+    model, batches = sharpened(name)
+    cls, before = type(model), [default_loss(model, batch).item() for batch in batches]
+    budget = Budget(max_loss=0.05, cost="flops")
+    found = select_variants(model, batches, candidates=CANDIDATES, budget=budget)
+    assert type(model) is cls and [default_loss(model, batch).item() for batch in batches] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert found.dense_loss == pytest.approx(sum(before) / 2, abs=1e-5)
+    assert found.chosen.measured <= 0.05
+    if found.mapping:
+        patch_model(model, found.mapping)
+        after = sum(default_loss(model, batch).item() for batch in batches) / 2
+        assert math.expm1(after - found.dense_loss) == pytest.approx(found.chosen.measured, abs=1e-5)
+    for point in found.uniform:
+        assert not (point.measured <= 0.05 and point.cost < found.chosen.cost), "a uniform choice is better"
+    assert [point.cost for point in found.curve] == sorted(point.cost for point in found.curve)
+    predicted = [point.predicted for point in found.curve]
+    assert predicted == sorted(predicted, reverse=True) and predicted[-1] == pytest.approx(0, abs=1e-6)
+    assert max(predicted) > 1e-4, "the candidates lose nothing: this tests nothing"
+
+
+def test_the_best_within_a_cost() -> None:
+    model, batches = sharpened()
+    found = select_variants(model, batches, candidates=CANDIDATES, budget=Budget(max_cost=0.6, cost="state"))
+    assert found.chosen.cost <= 0.6
+    for point in [*found.curve, *found.uniform]:
+        if point.measured is not None and point.cost <= 0.6:
+            assert point.measured >= found.chosen.measured
+    assert found.costs["state"]["narrow"] < found.costs["state"]["wide"] < 1 == found.costs["state"]["dense"]
+
+
+def test_scores_are_the_formula_s() -> None:
+    """T / 2 sum_t (g_t . d_t)^2 with g and d computed one layer at a time, by hand."""
+    model, batches = sharpened()
+    batch = batches[1]
+    table = _labelled(
+        [("narrow", CANDIDATES[0][1]), ("exact", FlashConfig())], [host.shape for host in find_hosts(model)]
+    )
+    _, scores = _calibrate(model, [batch], table, default_loss)
+    by_layer = {(score.layer, score.label): score for score in scores}
+    for layer in range(2):
+        seen = {}
+
+        def keep(module, args, seen=seen):
+            if args[0].requires_grad:
+                seen["dense"] = args[0]
+                args[0].retain_grad()
+
+        weight = model.model.layers[layer].self_attn.o_proj
+        handle = weight.register_forward_pre_hook(keep)
+        default_loss(model, batch).backward()
+        handle.remove()
+        dense, gradient = seen["dense"].detach(), seen["dense"].grad
+        patch_model(model, CANDIDATES[0][1], layers=[layer])
+        handle = weight.register_forward_pre_hook(lambda m, args, seen=seen: seen.update(ours=args[0].detach()))
+        default_loss(model, batch)
+        handle.remove()
+        unpatch_model(model)
+        real = batch["attention_mask"].bool()
+        along = ((seen["ours"] - dense) * gradient).sum(-1)[real]
+        expected = real.sum() / 2 * along.square().sum()
+        score = by_layer[layer, "narrow"]
+        assert score.rise == pytest.approx(expected.item(), rel=1e-3)
+        assert by_layer[layer, "exact"].rise < 1e-9 < score.rise
+    patch_model(model, CANDIDATES[0][1])
+    for error in attention_errors(model, [batch]):
+        assert by_layer[error.layer, "narrow"].error == pytest.approx(error.error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": []}, "no batch"),
+        ({"candidates": []}, "at least one candidate"),
+        ({"candidates": ["block", "block"]}, "two candidates are called 'block'"),
+        ({"candidates": ["blocks"]}, "Did you mean 'block'"),
+        ({"budget": {"max_cost": 0.001, "cost": "flops"}}, "the cheapest mapping"),
+        ({"budget": {"max_loss": 0.1, "max_cost": 0.5}}, "give either"),
+        ({"budget": {"max_loss": -1.0}}, "not above 0"),
+        ({"budget": {"max_loss": 0.1, "cost": "money"}}, "choose one of time"),
+    ],
+)
+def test_bad_input(change: dict, words: str) -> None:
+    model, batches = sharpened()
+    given = {"data": batches, "candidates": CANDIDATES, "budget": {"max_loss": 0.1, "cost": "flops"}} | change
+    with pytest.raises(ValueError, match=words):
+        select_variants(model, given["data"], candidates=given["candidates"], budget=Budget(**given["budget"]))
+    assert type(model).__name__ == "LlamaForCausalLM"
