@@ -1,0 +1,64 @@
+"""The command line on a tiny model: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hf_efficient_attn import available_variants, patch_model
+from hf_efficient_attn.cli import app
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(root)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(root)
+    order = torch.randint(30, (200,), generator=torch.Generator().manual_seed(1))
+    (root / "text.txt").write_text(" ".join(WORDS[i] for i in order))
+    return root
+
+
+def call(*args) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_variants_and_options() -> None:
+    code, words = call("variants")
+    assert code == 0 and all(name in words for name in available_variants())
+    code, words = call("options", "sliding_window")
+    assert code == 0 and "window" in words and "dense_below" in words
+    code, words = call("options", "sliding_windows")
+    assert code == 2 and "Did you mean 'sliding_window'" in words
+
+
+def test_measure(folder) -> None:
+    code, words = call("measure", folder, "--variants", "block", "--lengths", 32, "--lengths", 96, "--repeats", 1)
+    assert code == 0, words
+    assert "repeated for this" in words and "96 tokens" in words and "block" in words
+    assert call("measure", folder, "--variants", "blok", "--lengths", 32)[0] == 2
+
+
+def test_select_writes_a_mapping_that_patches(folder, tmp_path) -> None:
+    output = tmp_path / "mapping.json"
+    narrow = json.dumps({"variant": "sliding_window", "window": 2, "num_sinks": 0})
+    asked = ["--candidates", narrow, "--length", 48, "--texts", 2, "--cost", "state"]
+    code, words = call("select", folder, folder / "text.txt", *asked, "--max-cost", 0.5, "-o", output)
+    assert code == 0, words
+    assert "chosen" in words and "sliding_window in all" in words
+    patch_model(AutoModelForCausalLM.from_pretrained(folder), json.loads(output.read_text()))
+    code, words = call("select", folder, folder / "text.txt", *asked, "--max-cost", 0.0001)
+    assert code == 2 and "the cheapest mapping" in words
+    code, words = call("select", folder, folder / "text.txt", *asked[:2], "--length", 480, "--max-loss", 0.1)
+    assert code == 2 and "fewer than the 480 asked for" in words
