@@ -38,9 +38,13 @@ class LinearAttention(EfficientAttention):
     constant_state = True
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
-        features = Features(_positive, _positive, self.host.head_dim)
+        features = Features(_positive, _positive, self.host.head_dim, pulls=(_pull, _pull))
         return attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
 
 
 def _positive(x: Tensor) -> Tensor:
     return elu(x) + 1
+
+
+def _pull(x: Tensor, slope: Tensor) -> Tensor:
+    return slope * x.clamp_max(0).exp_()

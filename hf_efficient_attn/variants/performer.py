@@ -98,27 +98,33 @@ class PerformerAttention(EfficientAttention):
         if self.config.redraw_interval:
             directions = self._directions(state)
         directions = directions.to(torch.promote_types(query.dtype, torch.float32))
-        features = self._softmax(directions, scaling) if self.config.kernel == "softmax" else self._relu(directions)
+        if self.config.kernel == "softmax":
+            features = self._softmax(directions, scaling, len(query))
+        else:
+            features = self._relu(directions)
         output = attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
         if self.config.redraw_interval and self.training and output.requires_grad:
             self._count(output)
         return output
 
-    def _softmax(self, directions: Tensor, scaling: float) -> Features:
-        def query(x: Tensor, w: Tensor) -> Tensor:  # |q|^2 cancels
-            return _project(x, w)
-
+    def _softmax(self, directions: Tensor, scaling: float, batch: int) -> Features:
         def key(x: Tensor, w: Tensor) -> Tensor:
-            return _project(x, w).sub_(scaling / 2 * x.square().sum(-1, keepdim=True))
+            raw = _project(x, w)
+            raw.mT.sub_(scaling / 2 * x.square().sum(-1)[:, :, None])
+            return raw
 
-        return Features(query, key, directions.shape[1], (directions * math.sqrt(scaling),), logarithmic=True)
+        def pull_key(x: Tensor, slope: Tensor, w: Tensor) -> Tensor:
+            return _pull(x, slope, w).addcmul_(x, slope.sum(-1, keepdim=True), value=-scaling)
+
+        w = (directions * math.sqrt(scaling)).expand(batch, -1, -1, -1).contiguous()  # |q|^2 cancels
+        return Features(_project, key, directions.shape[1], (w,), logarithmic=True, pulls=(_pull, pull_key))
 
     def _relu(self, directions: Tensor) -> Features:
         def both(x: Tensor, w: Tensor) -> Tensor:
             return _project(x, w).relu()
 
         size = directions.shape[1]
-        return Features(both, both, size, (directions / math.sqrt(size),), floor=1e-6)
+        return Features(both, both, size, (directions[None] / math.sqrt(size),), floor=1e-6)
 
     @torch.compiler.disable
     def _directions(self, state: AttentionState | None) -> Tensor:
@@ -149,9 +155,14 @@ class PerformerAttention(EfficientAttention):
 
 
 def _project(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, H, T, D), w (G, m, D) -> (B, H, T, m), each query head by its key/value head's directions."""
-    groups = w.shape[0]
-    return (x.unflatten(1, (groups, -1)).flatten(2, 3) @ w.mT).unflatten(2, (-1, x.shape[2])).flatten(1, 2)
+    """x (B, H, T, D), w (B or 1, G, m, D) -> (B, H, T, m), each query head by its key/value head's directions."""
+    tokens, x = x.shape[2], x.unflatten(1, (w.shape[1], -1)).flatten(2, 3)
+    return (w @ x.mT).mT.unflatten(2, (-1, tokens)).flatten(1, 2)
+
+
+def _pull(x: Tensor, slope: Tensor, w: Tensor) -> Tensor:
+    """The gradient of `_project` by x."""
+    return (slope.unflatten(1, (w.shape[1], -1)).flatten(2, 3) @ w).view_as(x)
 
 
 def _in_backward() -> bool:
