@@ -6,6 +6,7 @@ from . import (
     flash,
     sliding_window,
     combined,
+    lsh,
     routing,
     cluster_former,
     topk_blocks,
