@@ -15,4 +15,5 @@ from . import (
     performer,
     transformer_xl,
     compressive,
+    infini,
 )

@@ -1,0 +1,204 @@
+"""
+`infini`: attention inside the own segment of b tokens, mixed with what the query reads from an associative memory A, z of the
+segments before it; phi(x) = elu(x) + 1, g = sigmoid(`gate`) per query head:
+
+    out_t = (1 - g) local_t + g phi(q_t) A / (phi(q_t) z),        local_t alone while the memory is empty.
+
+A segment adds phi(k_j) to z and phi(k_j) u_j^T to A, with u_j = v_j (rule "plain") or what the memory did not know before the
+segment, u_j = v_j - phi(k_j) A / (phi(k_j) z) (rule "delta").
+
+Paper: Munkhdalai et al. 2024, Infini-attention, arXiv:2404.07143. Cost N (b + D). Encoder (the paper has none): the memory of
+all other segments, from sums over those before and those after; rule "plain" only. Decoder: the current segment, the sinks and
+the memory, (D, D) and D per key/value head: constant however long the sequence. Dense limit: b >= N.
+Parameters: `gate`, one per query head, -4 at the start (g = 0.018): nearly the window alone.
+
+From the paper: the memory is position-free there and receives rotated keys here, as the host hands them over. In a decoder the
+local part also sees the first `num_sinks` tokens, which stay in the memory; `num_sinks=0` is the plain form. Attention dropout
+acts on the local part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import elu, pad
+
+from ..caching import AttentionState, column
+from ..config import EfficientAttentionConfig, option
+from ..ops.local import Context, Segments, local_decoder, remember, segment_encoder
+from ..ops.rows import shift
+from ..registry import register_variant
+from ..variant import EfficientAttention, HostShape
+from .block import BlockConfig
+
+FLOOR = 1e-30  # of a normaliser
+
+
+@dataclass(kw_only=True)
+class InfiniConfig(EfficientAttentionConfig):
+    segment_size: int = option(256, "tokens per segment", minimum=1)
+    rule: str = option("plain", "what a segment writes into the memory", choices=("plain", "delta"))
+    num_sinks: int = option(4, "first tokens that every later one sees, in decoders", minimum=0)
+
+    @classmethod
+    def tiny(cls, causal: bool) -> InfiniConfig:
+        return cls(segment_size=5, num_sinks=2)
+
+    @classmethod
+    def variations(cls, causal: bool) -> list[InfiniConfig]:
+        plain = [cls(segment_size=4, num_sinks=0)]
+        return [*plain, cls(segment_size=6, rule="delta"), cls(segment_size=1, rule="delta")] if causal else plain
+
+    @classmethod
+    def dense_limit(cls, length: int, causal: bool) -> InfiniConfig:
+        return cls(segment_size=max(length, 1))
+
+    def window_only(self, causal: bool) -> BlockConfig:
+        return BlockConfig(block_size=self.segment_size, num_sinks=self.num_sinks, dense_below=self.dense_below)
+
+
+@register_variant(
+    "infini",
+    family="recurrence",
+    summary="own segment, mixed by a gate with an associative memory of the others",
+    paper="Munkhdalai 2024, arXiv:2404.07143",
+)
+class InfiniAttention(EfficientAttention):
+    """A memory is (..., D, D + 1): A and, as the last column, z. L segments."""
+
+    config_class = InfiniConfig
+    constant_state = True
+
+    def __init__(self, config: InfiniConfig, host: HostShape) -> None:
+        super().__init__(config, host)
+        self.gate = nn.Parameter(torch.full((host.num_heads,), -4.0))
+
+    @classmethod
+    def check_host(cls, config: InfiniConfig, host: HostShape) -> None:
+        if config.rule == "delta" and not host.causal:
+            raise ValueError(
+                "infini: rule = 'delta' writes segments in order, which an encoder's memory of all other segments does not "
+                "have. Choose rule = 'plain' for encoders."
+            )
+
+    def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
+        pattern, options = Segments(self.config.segment_size), {"scaling": scaling, "dropout": dropout}
+        if not causal:
+            local = segment_encoder(query, key, value, pattern, lengths=lengths, **options)
+            return self._around(query, key, value, local, lengths)
+        count = 0 if state is None else state.count
+        context = remember(state, key, value, pattern, num_sinks=self.config.num_sinks, lengths=lengths)
+        local = local_decoder(query, context, pattern, **options)
+        return self._before(query, context, local, lengths, count, state)
+
+    def _around(self, query: Tensor, key: Tensor, value: Tensor, local: Tensor, lengths: Tensor | None) -> Tensor:
+        """An encoder's output, from its local part: every segment reads the memory of all others."""
+        b, n = self.config.segment_size, query.shape[2]
+        if n <= b:
+            return local
+        count = -(-n // b)
+        ends = n if lengths is None else lengths[:, None, None, None]
+        with torch.autocast(query.device.type, enabled=False):
+            phi, value = _phi(shift(key, 0, count * b)), shift(value, 0, count * b).to(_accurate(value))
+            if lengths is not None or n % b:
+                slots = torch.arange(count * b, device=key.device)[:, None]
+                phi = phi.masked_fill(slots >= ends, 0)
+            added = _written(phi.unflatten(2, (count, b)), value.unflatten(2, (count, b)))
+            before = pad(added.cumsum(2), (0, 0, 0, 0, 1, -1))
+            after = pad(added.flip(2).cumsum(2), (0, 0, 0, 0, 1, -1)).flip(2)
+            read = [x[:, :, :n] for x in _read(shift(query, 0, count * b), before + after)]
+        return self._mix(local, *read, True if lengths is None else ends > b)
+
+    def _before(
+        self,
+        query: Tensor,
+        context: Context,
+        local: Tensor,
+        lengths: Tensor | None,
+        count: int | Tensor,
+        state: AttentionState | None,
+    ) -> Tensor:
+        """A decoder's output, from its local part: every segment reads the memory of those before it."""
+        b, n, new = self.config.segment_size, query.shape[2], context.new
+        stored = None if state is None else state.entries.get("memory")
+        end = n + (new if isinstance(new, int) else int(new.max()))
+        complete, begun = end // b, -(-end // b)  # segments, from that of the first new token on
+        if stored is None and complete == 0:
+            return local
+        with torch.autocast(query.device.type, enabled=False):
+            if stored is None:
+                d = query.shape[3]
+                stored = query.new_zeros(*context.key.shape[:2], d, d + 1, dtype=_accurate(query))
+            key, value = (x[:, :, : complete * b].unflatten(2, (complete, b)) for x in (context.key, context.value))
+            memories = self._write(stored, _phi(key), value.to(stored.dtype))
+            if state is not None and complete:
+                done = (new + (n if lengths is None else lengths)) // b
+                if isinstance(done, int):
+                    state.entries["memory"] = memories[:, :, done]
+                else:
+                    state.entries["memory"] = memories[torch.arange(len(done), device=done.device), :, done]
+            if begun == 1:
+                read = _read(query, memories[:, :, :1])
+            else:
+                read = [shift(x, -new, n) for x in _read(shift(query, new, begun * b), memories[:, :, :begun])]
+        position = column(count) + torch.arange(n, device=query.device)
+        return self._mix(local, *read, (position >= b).view(-1, 1, n, 1))
+
+    def _write(self, stored: Tensor, phi: Tensor, value: Tensor) -> Tensor:
+        """stored (B, G, D, D + 1), phi and value (B, G, L, b, D) -> the memory before each segment and after all."""
+        if self.config.rule == "plain":
+            return torch.cat([stored[:, :, None], _written(phi, value)], 2).cumsum(2)
+        memories = [stored]
+        for segment in range(phi.shape[2]):
+            keys, memory = phi[:, :, segment], memories[-1]
+            known = keys @ memory[..., :-1] / (keys @ memory[..., -1:]).clamp_min(FLOOR)  # 0 of an empty memory
+            memories.append(memory + _written(keys, value[:, :, segment] - known))
+        return torch.stack(memories, 2)
+
+    def _mix(self, local: Tensor, numerator: Tensor, normaliser: Tensor, remembers: Tensor | bool) -> Tensor:
+        """(1 - g) local + g numerator / normaliser, (B, H, N, D), where there is a memory."""
+        gate = torch.sigmoid(self.gate.to(numerator.dtype)).view(-1, 1, 1) * remembers
+        output = local * (1 - gate) + numerator * (gate / normaliser.clamp_min(FLOOR))
+        return output.to(local.dtype)
+
+
+def _accurate(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Phi(torch.autograd.Function):
+    """elu(x) + 1, of which only the result is kept: its slope is the result where that is below 1, and 1 elsewhere."""
+
+    @staticmethod
+    def forward(ctx, x):
+        phi = elu(x).add_(1)
+        ctx.save_for_backward(phi)
+        return phi
+
+    @staticmethod
+    def backward(ctx, grad):
+        (phi,) = ctx.saved_tensors
+        return phi.clamp_max(1).mul_(grad)
+
+
+def _phi(x: Tensor) -> Tensor:
+    return _Phi.apply(x.to(_accurate(x)))
+
+
+def _written(phi: Tensor, value: Tensor) -> Tensor:
+    """What phi and value (..., b, D) add to a memory, (..., D, D + 1)."""
+    return torch.cat([phi.mT @ value, phi.sum(-2)[..., None]], -1)
+
+
+def _read(query: Tensor, memories: Tensor) -> list[Tensor]:
+    """
+    query (B, H, L T, D), memories (B, G, L, D, D + 1), T queries read each memory -> phi A (B, H, L T, D) and phi z
+    (B, H, L T, 1).
+    """
+    groups, count = memories.shape[1:3]
+    heads = query.shape[1]
+    phi = _phi(query).unflatten(2, (count, -1)).unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
+    reads = (phi @ memories).split((query.shape[3], 1), -1)
+    return [x.unflatten(3, (heads // groups, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3) for x in reads]
