@@ -5,6 +5,7 @@ from . import (
     strided,
     flash,
     sliding_window,
+    big_bird,
     combined,
     lsh,
     routing,
