@@ -126,7 +126,7 @@ def show(rows: list[dict], lengths: Sequence[int]) -> None:
 
 def main(args: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(available_variants()), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=list(available_variants("attention")), metavar="NAME")
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096], metavar="N")
     parser.add_argument("--modes", nargs="+", choices=["encoder", "decoder"], default=["encoder", "decoder"])
     parser.add_argument("--repeats", type=int, default=5)

@@ -5,11 +5,11 @@ Importing registers the variants and the classes that load patched checkpoints; 
 """
 
 from . import variants as _variants  # noqa: F401  (registers every variant)
-from .config import EfficientAttentionConfig, option
+from .config import EfficientAttentionConfig, VariantConfig, option
 from .patching import describe, patch_model, patched, unpatch_model
 from .positions import extend_positions
 from .registry import VariantInfo, available_variants, get_config_class, register_variant, unregister_variant
-from .variant import EfficientAttention, HostShape
+from .variant import EfficientAttention, EfficientFeedForward, FeedForwardShape, HostShape
 from .version import __version__
 
 _CONFIGS = {info.config_class.__name__: info.config_class for info in available_variants().values()}
@@ -19,7 +19,10 @@ __all__ = [
     "__version__",
     "EfficientAttention",
     "EfficientAttentionConfig",
+    "EfficientFeedForward",
+    "FeedForwardShape",
     "HostShape",
+    "VariantConfig",
     "VariantInfo",
     "available_variants",
     "describe",

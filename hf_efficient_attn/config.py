@@ -19,7 +19,7 @@ def option(default: Any, help: str, *, minimum: float | None = None, maximum: fl
 
 
 @dataclass(kw_only=True)
-class EfficientAttentionConfig:
+class VariantConfig:
     """
     Base of every `<Name>Config`. A subclass is a dataclass whose fields are made by `option`.
 
@@ -28,12 +28,6 @@ class EfficientAttentionConfig:
     """
 
     name: ClassVar[str] = ""  # the registry name, set at registration
-
-    dense_below: int = option(
-        0,
-        "tokens; encoder rows shorter than this, and decoder queries at positions below it, attend exactly",
-        minimum=0,
-    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -68,7 +62,7 @@ class EfficientAttentionConfig:
         return {spec.name: spec.metadata.get("help", "") for spec in dataclasses.fields(cls)}
 
     @classmethod
-    def from_kwargs(cls, **values: Any) -> EfficientAttentionConfig:
+    def from_kwargs(cls, **values: Any) -> VariantConfig:
         """As the constructor, but an unknown name raises ValueError with the nearest names that exist."""
         known = list(cls.options())
         for given in values:
@@ -83,14 +77,25 @@ class EfficientAttentionConfig:
         return {"variant": self.name, **{spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}}
 
     @classmethod
-    def tiny(cls, causal: bool) -> EfficientAttentionConfig:
+    def tiny(cls, causal: bool) -> VariantConfig:
         """Hyper-parameters that are sparse at a few dozen tokens; the contract suite runs every variant with them."""
         return cls()
 
     @classmethod
-    def variations(cls, causal: bool) -> list[EfficientAttentionConfig]:
+    def variations(cls, causal: bool) -> list[VariantConfig]:
         """Further tiny configs, one for each choice that `tiny` does not take; for a layer of two key/value heads."""
         return []
+
+
+@dataclass(kw_only=True)
+class EfficientAttentionConfig(VariantConfig):
+    """Base of the configs of attention variants."""
+
+    dense_below: int = option(
+        0,
+        "tokens; encoder rows shorter than this, and decoder queries at positions below it, attend exactly",
+        minimum=0,
+    )
 
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> EfficientAttentionConfig | None:

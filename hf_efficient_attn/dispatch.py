@@ -17,13 +17,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
 from .hosts import HostCode, cache_argument, hidden_input, other_source
-from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding
+from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding, real_tokens
 from .ops.rows import Rows
 from .variant import EfficientAttention
 
 NAME = "efficient_attention"
 CHILD = "efficient_attn"  # the variant, a child of the patched module
 PREVIOUS = "_dense_implementation"  # on every dispatching module of a patched model: what it ran before
+FEED_FORWARD = (
+    "_efficient_feed_forward"  # on a layer's attention and linear maps: the owner of its patched feed-forward
+)
 CALL = "efficient_attn_call"  # the keyword argument that carries a `Call` through the host's forward
 
 
@@ -68,6 +71,10 @@ def efficient_attention_forward(
         ValueError: an argument that changes the result and that no variant honours.
     """
     call = kwargs.pop(CALL, None)
+    beside = getattr(module, FEED_FORWARD, None)
+    if beside is not None and module.training:
+        batch, _, n, _ = query.shape
+        getattr(beside[0], CHILD).note_tokens(batch, n, real_tokens(attention_mask, n))
     variant: EfficientAttention | None = getattr(module, CHILD, None)
     if variant is None:
         if is_causal is not None:
@@ -193,6 +200,24 @@ class PatchedForward:
                 f"{self.efficient_attn.host.layer} would have stayed dense. This architecture cannot be patched."
             )
         return output
+
+
+class PatchedLinear:
+    """
+    Mixin of the generated class of every linear map in a patched feed-forward: its output is what the variant makes of it.
+    """
+
+    dense_class: type
+
+    def forward(self, x: Tensor) -> Tensor:
+        owner, path = getattr(self, FEED_FORWARD)
+        if owner.get_submodule(path) is not self:
+            raise ValueError(
+                f"{path!r} of a patched feed-forward is wrapped (by an adapter), or a replica of it runs (DataParallel). An "
+                "adapter there would act on the tokens of all experts: give adapters to the experts, whose names contain "
+                f"'{CHILD}.experts.', and leave the pretrained map out (in PEFT by exclude_modules)."
+            )
+        return getattr(owner, CHILD).project(path, super().forward, x)
 
 
 def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> AttentionState | None:

@@ -3,6 +3,9 @@ How Transformers' attention modules look: the one place that knows.
 
 A host is a self-attention module that hands its heads to `AttentionInterface`. The rule that finds hosts needs no table of
 architectures: a module whose `forward` names `ALL_ATTENTION_FUNCTIONS`, Transformers' table of attention functions.
+
+The feed-forward of a layer is found by shape: of the linear maps that stand beside a host in its layer, one leads from an
+inner width back to the hidden size, and all others lead into it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from typing import Any
 
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .variant import HostShape
+from .variant import FeedForwardShape, HostShape
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|EncDec|multihead_attn", re.IGNORECASE)
 OTHER_SOURCES = (
@@ -253,6 +257,119 @@ def hidden_input(args: tuple, kwargs: dict) -> Any:
     if args:
         return args[0]
     return next((kwargs[n] for n in ("hidden_states", "hidden_state", "query", "x") if n in kwargs), None)
+
+
+# Feed-forwards
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """
+    The feed-forward of one layer: the smallest module around its linear maps with its dotted name, the maps by their paths
+    in that module, the way back last, and the self-attention of the same layer, which runs before it.
+    """
+
+    name: str
+    module: nn.Module
+    maps: dict[str, nn.Module]
+    attention: nn.Module
+    shape: FeedForwardShape
+
+
+def find_feed_forwards(model: nn.Module) -> dict[int, FeedForward]:
+    """
+    The feed-forwards of the model by the number of the attention layer they belong to; layers without one are left out.
+
+    Raises:
+        ValueError: no layer has one, or there is no attention that Transformers dispatches.
+    """
+    hosts, found = find_hosts(model), {}
+    attending = list(dispatching_modules(model))
+    for host in hosts:
+        feed_forward = _feed_forward(model, host, hosts, attending)
+        if feed_forward is not None:
+            found[host.shape.layer] = feed_forward
+    if not found:
+        raise ValueError(
+            f"no layer of {type(model).__name__} has a feed-forward of linear maps that lead from the hidden size to an inner "
+            "width and back; one that is a mixture of experts already, or carries adapters, is not served."
+        )
+    return found
+
+
+def _feed_forward(model: nn.Module, host: Host, hosts: list[Host], attending: list[str]) -> FeedForward | None:
+    """Climbs from the attention to the module that holds a feed-forward as well, no further than its layer."""
+    parts = host.name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        layer = ".".join(parts[:depth])
+        if isinstance(model.get_submodule(layer), PreTrainedModel) or any(
+            other.name != host.name and other.name.startswith(layer + ".") for other in hosts
+        ):
+            return None
+        beside = {
+            f"{layer}.{name}": child
+            for name, child in model.get_submodule(layer).named_children()
+            if not any(f"{other}.".startswith(f"{layer}.{name}.") for other in attending)
+        }
+        maps = {
+            path: module
+            for name, child in beside.items()
+            for path, module in child.named_modules(prefix=name)
+            if _widths(module) is not None
+        }
+        order = _into_and_back(maps, host.shape.hidden_size)
+        if order is None:
+            continue
+        owner = _common_owner(order)
+        paths = [path[len(owner) + 1 :] for path in order]
+        inner = _widths(maps[order[-1]])[0]
+        own = {id(p) for module in maps.values() for p in module.parameters()}
+        others = [p for child in beside.values() for p in child.parameters() if id(p) not in own]
+        shape = FeedForwardShape(
+            hidden_size=host.shape.hidden_size,
+            inner_size=inner,
+            maps=tuple(paths),
+            layer=host.shape.layer,
+            num_layers=len(hosts),
+            normed=inner != host.shape.hidden_size and any(inner in p.shape for p in others),
+        )
+        named = dict(zip(paths, (maps[path] for path in order), strict=True))
+        return FeedForward(owner, model.get_submodule(owner), named, host.module, shape)
+    return None
+
+
+def is_linear_map(cls: type) -> bool:
+    """Whether modules of a class are the linear maps that a feed-forward is made of."""
+    return issubclass(cls, (nn.Linear, Conv1D))
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """Features in and out of a linear map."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+
+
+def _into_and_back(maps: dict[str, nn.Module], width: int) -> list[str] | None:
+    """The names of linear maps, the one that leads back last, if they are a feed-forward on `width` features and no more."""
+    widths = {name: _widths(module) for name, module in maps.items()}
+    back = [name for name, (begin, end) in widths.items() if end == width != begin]
+    if not back and set(widths.values()) == {(width, width)}:
+        back = [list(widths)[-1]]
+    into = [name for name in widths if name not in back]
+    if len(back) != 1 or not into:
+        return None
+    inner = widths[back[0]][0]
+    fits = all(widths[name][0] == width and widths[name][1] % inner == 0 for name in into)
+    return [*into, back[0]] if fits else None
+
+
+def _common_owner(names: list[str]) -> str:
+    parts = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ".".join(parts[0][:shared])
 
 
 # Learned absolute positions

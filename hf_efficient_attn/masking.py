@@ -155,6 +155,20 @@ def key_padding(mask: Tensor) -> Tensor | None:
     return keep if row.is_floating_point() and bool((keep | (row <= -1e4)).all()) else None
 
 
+def real_tokens(mask: AttentionMask | Tensor | None, tokens: int) -> Tensor | None:
+    """
+    (B, tokens) bool of a call's own tokens, True = keep, or None where all are real. Of a mask that was given ready-made,
+    tokens that no query sees are padding.
+    """
+    if isinstance(mask, AttentionMask):
+        rows = mask.rows(tokens)
+        return None if rows is None else rows.real
+    if mask is None:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > -1e4 if mask.is_floating_point() else mask != 0
+    return (seen if seen.ndim == 2 else seen.flatten(1, -2).any(1))[:, -tokens:]
+
+
 def _parts(function: Callable) -> list[Callable]:
     """The mask functions that `function` is the intersection of; itself where it is none."""
     if getattr(function, "__code__", None) is not _INTERSECTION:

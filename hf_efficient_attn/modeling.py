@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
-from .swapping import plan, revert_layers, swap_layers
+from .swapping import is_patched, plan, revert_layers, saved_form, swap_layers
 
 PREFIX = "efficient_"
 FIELD = "efficient_attention"
@@ -61,7 +61,7 @@ class EfficientModelMixin(StateMixin):
             config = copy.deepcopy(config)
             config._attn_implementation = None
         super().__init__(config, *args, **kwargs)
-        if CHILD not in {name.rsplit(".", 1)[-1] for name, _ in self.named_modules()}:
+        if not is_patched(self):
             install(self, choices)
 
     @classmethod
@@ -109,16 +109,26 @@ def install(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module
     """
     swaps, mapping = plan(model, choices)
     swap_layers(model, swaps, outer)
+    attention = is_patched(model, "attention")
     for part in _models(model):  # each may be called by itself
-        part.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
-        part.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
+        if attention and refuse_attention_maps not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
+        if add_auxiliary_loss not in part._forward_hooks.values():
+            part.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
     return mapping
 
 
 def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module | None = None) -> None:
     """
     Patches a model and gives it and its config the classes that save and load it patched; `outer` is a wrapper around it.
+    A model that has them, patched with a variant of another kind, adds to what its config says.
     """
+    if isinstance(model, (EfficientModelMixin, ForeignModelMixin)):
+        mapping = install(model, choices, outer)
+        if isinstance(model, EfficientModelMixin):
+            earlier = getattr(model.config, FIELD)
+            setattr(model.config, FIELD, saved_form([*earlier.items(), *mapping.items()]))
+        return
     config_class = type(model.config)
     known = config_class.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config_class.model_type] is config_class
     model_class = getattr(transformers, type(model).__name__, None) is type(model) and known

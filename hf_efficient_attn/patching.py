@@ -9,29 +9,32 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .config import EfficientAttentionConfig
+from .config import VariantConfig
 from .dispatch import CHILD
 from .hosts import base_model, find_hosts
 from .modeling import adopt, release
-from .swapping import Layers, make_config
+from .swapping import Layers, is_patched, make_config
+from .variant import EfficientLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def patch_model(
     model: Model,
-    variant: str | EfficientAttentionConfig | Mapping[Any, Any],
+    variant: str | VariantConfig | Mapping[Any, Any],
     *,
     layers: Layers = None,
     **hyper: Any,
 ) -> Model:
     """
-    Swaps the self-attention of a pretrained Transformers model for an efficient variant, in place; returns the model.
+    Swaps the self-attention of a pretrained Transformers model for an efficient variant, or its feed-forwards for `moe`, in
+    place; returns the model. A model can have one of each, from one call or from two.
 
     variant: a registry name (`available_variants()`), with hyper-parameters as keywords; a config; or a mapping from layers
-        to names, configs or config dicts, such as {"0-5": "sliding_window", "6-11": LinformerConfig(rank=64)}.
+        to names, configs or config dicts, such as {"0-5": "sliding_window", "6-11": LinformerConfig(rank=64)}, or to lists
+        of an attention and a feed-forward variant.
     layers: attention layers counted from 0, as a list or a range string ("2-5", "8-"); None for all. Layers that are not
-        named, and all cross-attention, stay as they are.
+        named, and all cross-attention, stay as they are. A feed-forward has the number of the attention before it.
 
     Pretrained weights keep their names and places; what a variant adds lies under `<layer>.efficient_attn.`. The model's
     config records the patch, so `save_pretrained`, `push_to_hub` and the Auto classes bring it back.
@@ -41,8 +44,6 @@ def patch_model(
             cannot be, or a combination that cannot work. The model is unchanged then.
     """
     base = base_model(model)
-    if _is_patched(base):
-        raise ValueError(f"{type(base).__name__} is patched already; call unpatch_model(model) first.")
     if isinstance(variant, Mapping) and "variant" not in variant:
         if layers is not None or hyper:
             raise ValueError("a mapping names its own layers and hyper-parameters; leave out `layers` and keywords.")
@@ -62,7 +63,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     base = base_model(model)
-    if not _is_patched(base):
+    if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched.")
     release(base)
     return model
@@ -80,7 +81,10 @@ def patched(model: Model, variant: Any, *, layers: Layers = None, **hyper: Any) 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One attention layer: `variant` is None where it is dense; `added_parameters` counts what the variant brought."""
+    """
+    The attention of a layer, or its feed-forward where that is patched: `variant` is None where it is dense;
+    `added_parameters` counts what the variant brought.
+    """
 
     layer: int
     name: str
@@ -88,9 +92,15 @@ class LayerDescription:
     hyper_parameters: dict[str, Any]
     added_parameters: int
 
+    @classmethod
+    def of(cls, layer: int, name: str, variant: EfficientLayer | None) -> LayerDescription:
+        settings = {} if variant is None else variant.config.to_dict()
+        added = 0 if variant is None else sum(p.numel() for p in variant.parameters())
+        return cls(layer, name, settings.pop("variant", None), settings, added)
+
 
 class Description(list):
-    """A list of `LayerDescription`, one per attention layer; printed as a table."""
+    """A list of `LayerDescription`, one per attention layer and patched feed-forward; printed as a table."""
 
     def __str__(self) -> str:
         rows = [("layer", "module", "variant", "added", "hyper-parameters")]
@@ -102,19 +112,14 @@ class Description(list):
 
 
 def describe(model: nn.Module) -> Description:
-    """What every attention layer of a model runs; works on patched and on dense models."""
-    description = Description()
-    for host in find_hosts(base_model(model)):
-        variant = getattr(host.module, CHILD, None)
-        settings = {} if variant is None else variant.config.to_dict()
-        name = settings.pop("variant", None)
-        added = 0 if variant is None else sum(p.numel() for p in variant.parameters())
-        description.append(LayerDescription(host.shape.layer, host.name, name, settings, added))
-    return description
-
-
-def _is_patched(model: nn.Module) -> bool:
-    return any(name.rsplit(".", 1)[-1] == CHILD for name, _ in model.named_modules())
+    """What every attention layer of a model runs, and every patched feed-forward; works on dense models, too."""
+    base = base_model(model)
+    rows = [LayerDescription.of(h.shape.layer, h.name, getattr(h.module, CHILD, None)) for h in find_hosts(base)]
+    for name, module in base.named_modules():
+        variant = getattr(module, CHILD, None)
+        if getattr(variant, "kind", None) == "feed-forward":
+            rows.append(LayerDescription.of(variant.host.layer, name, variant))
+    return Description(sorted(rows, key=lambda row: row.layer))
 
 
 def _as_key(layers: Layers) -> Any:

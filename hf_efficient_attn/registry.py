@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .config import EfficientAttentionConfig
-from .variant import EfficientAttention
+from .config import VariantConfig
+from .variant import EfficientLayer
 
 FAMILIES = (
     "exact",
@@ -30,8 +30,13 @@ class VariantInfo:
     family: str
     summary: str
     paper: str
-    config_class: type[EfficientAttentionConfig]
-    module_class: type[EfficientAttention]
+    config_class: type[VariantConfig]
+    module_class: type[EfficientLayer]
+
+    @property
+    def kind(self) -> str:
+        """What of a layer it replaces: "attention" or "feed-forward"."""
+        return self.module_class.kind
 
 
 _REGISTRY: dict[str, VariantInfo] = {}
@@ -39,7 +44,7 @@ _REGISTRY: dict[str, VariantInfo] = {}
 
 def register_variant(name: str, *, family: str, summary: str, paper: str) -> Callable[[type], type]:
     """
-    Class decorator for an `EfficientAttention` subclass whose `config_class` holds its hyper-parameters.
+    Class decorator for an `EfficientAttention` (or `EfficientFeedForward`) whose `config_class` holds its hyper-parameters.
 
     Raises:
         ValueError: the name is taken or not a lower-case identifier, or the family is not one of `FAMILIES`.
@@ -54,9 +59,9 @@ def register_variant(name: str, *, family: str, summary: str, paper: str) -> Cal
 
     def decorate(module_class: type) -> type:
         config_class = getattr(module_class, "config_class", None)
-        if not issubclass(module_class, EfficientAttention):
-            raise TypeError(f"{module_class.__name__} must derive from EfficientAttention.")
-        if not (isinstance(config_class, type) and issubclass(config_class, EfficientAttentionConfig)):
+        if not issubclass(module_class, EfficientLayer):
+            raise TypeError(f"{module_class.__name__} must derive from EfficientAttention or EfficientFeedForward.")
+        if not (isinstance(config_class, type) and issubclass(config_class, VariantConfig)):
             raise TypeError(f"{module_class.__name__}.config_class must derive from EfficientAttentionConfig.")
         config_class.name = name
         _REGISTRY[name] = VariantInfo(name, family, summary, paper, config_class, module_class)
@@ -71,9 +76,10 @@ def unregister_variant(name: str) -> None:
     del _REGISTRY[name]
 
 
-def available_variants() -> dict[str, VariantInfo]:
-    """Every registered variant in the survey's order of families: name -> `VariantInfo`."""
-    return dict(sorted(_REGISTRY.items(), key=lambda item: FAMILIES.index(item[1].family)))
+def available_variants(kind: str | None = None) -> dict[str, VariantInfo]:
+    """Every registered variant, or those of a kind, in the survey's order of families: name -> `VariantInfo`."""
+    wanted = [item for item in _REGISTRY.items() if kind in (None, item[1].kind)]
+    return dict(sorted(wanted, key=lambda item: FAMILIES.index(item[1].family)))
 
 
 def get_info(name: str) -> VariantInfo:
@@ -85,19 +91,19 @@ def get_info(name: str) -> VariantInfo:
     return _REGISTRY[name]
 
 
-def get_config_class(name: str) -> type[EfficientAttentionConfig]:
+def get_config_class(name: str) -> type[VariantConfig]:
     """The `<Name>Config` of a variant."""
     return get_info(name).config_class
 
 
-def config_from_dict(data: dict[str, Any]) -> EfficientAttentionConfig:
-    """Inverse of `EfficientAttentionConfig.to_dict`; unknown variants and fields raise ValueError."""
+def config_from_dict(data: dict[str, Any]) -> VariantConfig:
+    """Inverse of `VariantConfig.to_dict`; unknown variants and fields raise ValueError."""
     values = dict(data)
     if "variant" not in values:
         raise ValueError(f"a variant's config needs the key 'variant', got {sorted(values)}.")
     return get_config_class(values.pop("variant")).from_kwargs(**values)
 
 
-def build(config: EfficientAttentionConfig, host) -> EfficientAttention:
-    """The module of a config for one attention layer described by `host` (`HostShape`)."""
+def build(config: VariantConfig, host) -> EfficientLayer:
+    """The module of a config for what `host` describes: an attention layer (`HostShape`) or a `FeedForwardShape`."""
     return get_info(config.name).module_class(config, host)

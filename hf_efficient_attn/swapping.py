@@ -17,22 +17,32 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import EfficientAttentionConfig
-from .dispatch import CHILD, NAME, PREVIOUS, PatchedForward
-from .hosts import Host, HostCode, dispatching_modules, find_hosts, refusal
+from .config import VariantConfig
+from .dispatch import CHILD, FEED_FORWARD, NAME, PREVIOUS, PatchedForward, PatchedLinear
+from .hosts import (
+    FeedForward,
+    Host,
+    HostCode,
+    dispatching_modules,
+    find_feed_forwards,
+    find_hosts,
+    hands_on_kwargs,
+    is_linear_map,
+    refusal,
+)
 from .registry import build, config_from_dict, get_config_class, get_info
-from .variant import EfficientAttention
+from .variant import EfficientLayer
 
 Layers = str | int | Iterable[int] | None
-Choice = str | EfficientAttentionConfig | Mapping[str, Any]
+Choice = str | VariantConfig | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Swap:
-    """One layer and the module that will serve it."""
+    """One layer's attention or feed-forward, and the module that will serve it."""
 
-    host: Host
-    variant: EfficientAttention
+    host: Host | FeedForward
+    variant: EfficientLayer
 
 
 def parse_layers(layers: Layers, count: int) -> list[int]:
@@ -73,14 +83,14 @@ def parse_layers(layers: Layers, count: int) -> list[int]:
     return sorted(numbers)
 
 
-def make_config(choice: Choice, hyper: Mapping[str, Any] | None = None) -> EfficientAttentionConfig:
+def make_config(choice: Choice, hyper: Mapping[str, Any] | None = None) -> VariantConfig:
     """A config from a registry name and hyper-parameters, from a config, or from its dict."""
     hyper = dict(hyper or {})
     if isinstance(choice, str):
         return get_config_class(choice).from_kwargs(**hyper)
     if isinstance(choice, Mapping):
         return config_from_dict({**choice, **hyper})
-    if isinstance(choice, EfficientAttentionConfig):
+    if isinstance(choice, VariantConfig):
         if hyper:
             raise ValueError(
                 f"hyper-parameters {sorted(hyper)} beside a ready {type(choice).__name__}: put them into the config."
@@ -91,64 +101,94 @@ def make_config(choice: Choice, hyper: Mapping[str, Any] | None = None) -> Effic
     )
 
 
-def plan(model: PreTrainedModel, choices: Mapping[Any, Choice]) -> tuple[list[Swap], dict[str, dict]]:
+def plan(model: PreTrainedModel, choices: Mapping[Any, Choice | list[Choice]]) -> tuple[list[Swap], dict[str, Any]]:
     """
-    The swaps that a mapping layers -> variant asks for, modules built, and the mapping in its saved form.
+    The swaps that a mapping layers -> variant (or a list of one per kind) asks for, modules built, and the mapping in its
+    saved form.
 
     Raises:
         ValueError: anything that cannot be served, before the model is changed.
     """
-    hosts = find_hosts(model)
+    attention = {host.shape.layer: host for host in find_hosts(model)}
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} does not dispatch its attention through AttentionInterface and would stay dense."
         )
-    chosen: dict[int, EfficientAttentionConfig] = {}
-    entries: list[tuple[list[int], EfficientAttentionConfig]] = []
-    for layers, choice in choices.items():
-        numbers = parse_layers(layers, len(hosts))
+    hosts: dict[str, Mapping[int, Host | FeedForward]] = {"attention": attention}
+    chosen: dict[tuple[str, int], VariantConfig] = {}
+    entries: list[tuple[list[int], VariantConfig]] = []
+    for layers, choice in (
+        (k, c) for k, value in choices.items() for c in (value if isinstance(value, list) else [value])
+    ):
         config = make_config(choice)
-        twice = [n for n in numbers if n in chosen]
-        if twice:
-            raise ValueError(f"layer {twice[0]} is given two variants; name each layer once.")
-        config = _resolved(config, [hosts[n] for n in numbers])
-        chosen.update(dict.fromkeys(numbers, config))
+        kind = get_info(config.name).kind
+        if is_patched(model, kind):
+            raise ValueError(
+                f"the {kind} of {type(model).__name__} is patched already; call unpatch_model(model) first."
+            )
+        if kind not in hosts:
+            hosts[kind] = find_feed_forwards(model)
+        numbers = list(hosts[kind]) if layers is None else parse_layers(layers, len(attention))
+        for number in numbers:
+            if number not in hosts[kind]:
+                raise ValueError(
+                    f"layer {number} has no {kind} of linear maps; it could be one of {list(hosts[kind])}."
+                )
+            if (kind, number) in chosen:
+                raise ValueError(f"layer {number} is given two variants; name each layer once.")
+        config = get_info(config.name).module_class.resolve(config, hosts[kind][numbers[0]].shape)
+        chosen.update(((kind, number), config) for number in numbers)
         entries.append((numbers, config))
     if not chosen:
         raise ValueError("no layer was named; give a variant for at least one.")
     swaps = []
-    for index, number in enumerate(sorted(chosen)):
-        host = replace(hosts[number], shape=replace(hosts[number].shape, patched_index=index))
-        reason = refusal(host)
-        if reason is not None:
-            raise ValueError(
-                f"attention layer {number} ({host.name}, {type(host.module).__name__}) {reason}; no variant can honour that. "
-                "Leave the layer out with `layers=`, or use another model."
-            )
-        swaps.append(Swap(host, _build(chosen[number], host)))
+    for kind, places in hosts.items():
+        for index, number in enumerate(sorted(n for k, n in chosen if k == kind)):
+            host = replace(places[number], shape=replace(places[number].shape, patched_index=index))
+            swaps.append(Swap(host, _build(chosen[kind, number], host)))
     for numbers, config in entries:
-        modules = [swap.variant for swap in swaps if swap.host.shape.layer in numbers]
+        modules = [s.variant for s in swaps if s.host.shape.layer in numbers and s.variant.config is config]
         get_info(config.name).module_class.tie_parameters(modules)
-    return swaps, {_spell(numbers): config.to_dict() for numbers, config in entries}
+    return swaps, saved_form((_spell(numbers), config.to_dict()) for numbers, config in entries)
 
 
-def _resolved(config: EfficientAttentionConfig, hosts: list[Host]) -> EfficientAttentionConfig:
-    return get_info(config.name).module_class.resolve(config, hosts[0].shape)
+def saved_form(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of these entries; where the same layers have an attention and a feed-forward variant, a list of both."""
+    mapping: dict[str, Any] = {}
+    for layers, saved in entries:
+        mapping[layers] = saved if layers not in mapping else [*_as_list(mapping[layers]), *_as_list(saved)]
+    return mapping
 
 
-def _build(config: EfficientAttentionConfig, host: Host) -> EfficientAttention:
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _build(config: VariantConfig, host: Host | FeedForward) -> EfficientLayer:
+    layer = f"{get_info(config.name).kind} layer {host.shape.layer}"
+    if isinstance(host, Host) and (reason := refusal(host)) is not None:
+        raise ValueError(
+            f"{layer} ({host.name}, {type(host.module).__name__}) {reason}; no variant can honour that. "
+            "Leave the layer out with `layers=`, or use another model."
+        )
     try:
         variant = build(config, host.shape)
     except ValueError as error:
-        raise ValueError(f"attention layer {host.shape.layer} ({host.name}): {error}") from error
-    weight = next((p for p in host.module.parameters() if p.is_floating_point()), None)
+        raise ValueError(f"{layer} ({host.name}): {error}") from error
+    if getattr(variant, "needs_hidden", False) and not hands_on_kwargs(type(host.module)):
+        raise ValueError(
+            f"{layer} ({host.name}) does not hand its keyword arguments to the attention function, so its input cannot reach "
+            f"{config.name!r}, which reads it."
+        )
+    parts = [host.module] if isinstance(host, Host) else list(host.maps.values())
+    weight = next((p for part in parts for p in part.parameters() if p.is_floating_point()), None)
     if weight is not None:
-        hooked = any(hasattr(part, "_hf_hook") for part in host.module.modules())
+        hooked = any(hasattr(module, "_hf_hook") for part in parts for module in part.modules())
         if weight.device.type == "meta" and hooked:
-            raise ValueError(
-                f"attention layer {host.shape.layer} is offloaded; patch the model before its weights are."
-            )
+            raise ValueError(f"{layer} is offloaded; patch the model before its weights are.")
         variant = variant.to(device=weight.device, dtype=weight.dtype)
+    if isinstance(host, FeedForward):
+        variant.take_over(host.maps)
     return variant.train(host.module.training)
 
 
@@ -168,10 +208,31 @@ def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | No
     Puts the variants in place. Every dispatching module of the model remembers what it ran before. `outer` is a wrapper
     around the model, if there is one.
     """
-    modules = dispatching_modules(model)
     for swap in swaps:
-        _check_instance_forward(swap.host)
-    _own_configs(model if outer is None else outer)
+        for module in _exchanged(swap.host):
+            _check_instance_forward(swap.host, module)
+    if not is_patched(model):
+        _dispatch(model, model if outer is None else outer)
+    for swap in swaps:
+        for module in _exchanged(swap.host):
+            module.__class__ = efficient_class(type(module))
+            _rebind_forward(module)
+        if isinstance(swap.host, FeedForward):
+            setattr(swap.host.attention, FEED_FORWARD, (swap.host.module,))
+            for path, module in swap.host.maps.items():
+                setattr(module, FEED_FORWARD, (swap.host.module, path))
+        swap.host.module.add_module(CHILD, swap.variant)
+
+
+def _exchanged(host: Host | FeedForward) -> list[nn.Module]:
+    """The modules that change their class."""
+    return [host.module] if isinstance(host, Host) else list(host.maps.values())
+
+
+def _dispatch(model: PreTrainedModel, outer: nn.Module) -> None:
+    """Has all attention of the model, dense or not, go through this library's function."""
+    modules = dispatching_modules(model)
+    _own_configs(outer)
     previous = {name: module.config._attn_implementation for name, module in modules.items()}
     model.set_attn_implementation(NAME)
     stayed = [name for name, module in modules.items() if module.config._attn_implementation != NAME]
@@ -182,11 +243,12 @@ def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | No
         )
     for name, module in modules.items():
         setattr(module, PREVIOUS, previous[name])
-    for swap in swaps:
-        module = swap.host.module
-        module.__class__ = efficient_class(type(module))
-        module.add_module(CHILD, swap.variant)
-        _rebind_forward(module)
+
+
+def is_patched(model: nn.Module, kind: str | None = None) -> bool:
+    """Whether the model has a variant (of a kind) in any of its layers."""
+    variants = [module for module in model.modules() if isinstance(module, EfficientLayer)]
+    return any(kind in (None, variant.kind) for variant in variants)
 
 
 def revert_layers(model: PreTrainedModel) -> None:
@@ -195,8 +257,11 @@ def revert_layers(model: PreTrainedModel) -> None:
     previous = {name: getattr(module, PREVIOUS) for name, module in modules.items()}
     for module in modules.values():
         delattr(module, PREVIOUS)
-        if isinstance(module, PatchedForward):
+    for module in list(model.modules()):
+        if hasattr(module, CHILD):
             delattr(module, CHILD)
+        module.__dict__.pop(FEED_FORWARD, None)
+        if isinstance(module, (PatchedForward, PatchedLinear)):
             module.__class__ = module.dense_class
             _rebind_forward(module)
     _set_implementations(modules, previous)
@@ -219,12 +284,12 @@ def _set_implementations(modules: dict[str, nn.Module], names: dict[str, str]) -
         module.config._attn_implementation_internal = names[name]
 
 
-def _check_instance_forward(host: Host) -> None:
+def _check_instance_forward(host: Host | FeedForward, module: nn.Module) -> None:
     """A forward on the instance bypasses the class; Accelerate's hooks are known, anything else is refused."""
-    attributes = vars(host.module)
-    if "forward" in attributes and "_old_forward" not in attributes and not _is_bound_forward(host.module):
+    attributes = vars(module)
+    if "forward" in attributes and "_old_forward" not in attributes and not _is_bound_forward(module):
         raise ValueError(
-            f"attention layer {host.shape.layer} ({host.name}) has a forward of its own set on the instance, which a patch "
+            f"layer {host.shape.layer} ({host.name}) has a forward of its own set on the instance, which a patch "
             "would not reach. Remove it first."
         )
 
@@ -232,7 +297,7 @@ def _check_instance_forward(host: Host) -> None:
 def _is_bound_forward(module: nn.Module) -> bool:
     """Whether the instance holds the forward of its own class, as Accelerate leaves it behind with a hook it takes off."""
     forward = vars(module).get("forward")
-    own = [vars(cls).get("forward") for cls in (PatchedForward, *type(module).__mro__)]
+    own = [vars(cls).get("forward") for cls in (PatchedForward, PatchedLinear, *type(module).__mro__)]
     return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ in own
 
 
@@ -246,20 +311,19 @@ def _rebind_forward(module: nn.Module) -> None:
 
 @cache
 def efficient_class(dense_class: type) -> type:
-    """`EfficientLlamaAttention`, a subclass of `LlamaAttention` that goes through `PatchedForward`."""
-    if issubclass(dense_class, PatchedForward):
+    """
+    `EfficientLlamaAttention`, a subclass of `LlamaAttention` that goes through `PatchedForward`; `EfficientLinear` alike
+    through `PatchedLinear`.
+    """
+    if issubclass(dense_class, (PatchedForward, PatchedLinear)):
         raise ValueError("this layer is patched already; call unpatch_model(model) first.")
-    return type(
-        f"Efficient{dense_class.__name__}",
-        (PatchedForward, dense_class),
-        {
-            "dense_class": dense_class,
-            "host_code": HostCode.of(dense_class),
-            "__module__": __name__,
-            "__doc__": f"{dense_class.__name__} whose attention is the variant in its child `{CHILD}`.",
-            "__reduce_ex__": _reduce,
-        },
-    )
+    members = {"dense_class": dense_class, "__module__": __name__, "__reduce_ex__": _reduce}
+    if is_linear_map(dense_class):
+        mixin, members["__doc__"] = PatchedLinear, f"{dense_class.__name__} of a feed-forward that a variant serves."
+    else:
+        mixin, members["host_code"] = PatchedForward, HostCode.of(dense_class)
+        members["__doc__"] = f"{dense_class.__name__} whose attention is the variant in its child `{CHILD}`."
+    return type(f"Efficient{dense_class.__name__}", (mixin, dense_class), members)
 
 
 def _reduce(self, protocol):

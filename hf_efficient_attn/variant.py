@@ -1,16 +1,20 @@
-"""What a variant is: `EfficientAttention`, the module that replaces softmax attention inside one patched layer."""
+"""
+What a variant is: `EfficientAttention`, the module that replaces softmax attention inside one patched layer, or
+`EfficientFeedForward`, which replaces the layer's feed-forward.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .auxiliary import AuxiliaryLearner
 from .caching import AttentionState, Count, TokenStore, column
-from .config import EfficientAttentionConfig
+from .config import EfficientAttentionConfig, VariantConfig
 from .ops.exact import exact_attention
 from .ops.rows import Rows
 
@@ -40,38 +44,91 @@ class HostShape:
         return self.num_heads // self.num_kv_heads
 
 
-class EfficientAttention(AuxiliaryLearner):
+@dataclass(frozen=True)
+class FeedForwardShape:
     """
-    Base of every variant. A subclass sets `config_class`, is decorated with `registry.register_variant` and writes
-    `attend`; compaction of padded rows, `dense_below`, keys that outnumber queries and the bookkeeping of the decoder
-    state are done here, once.
-
-    Shapes: B batch, H query heads, G key/value heads (G divides H), N tokens of this call, D head size.
+    The feed-forward that a variant serves: linear maps from `hidden_size` to `inner_size` (or a multiple, where several are
+    fused) and one back, named by their paths in `maps`, the way back last. `layer` and `num_layers` count attention layers.
+    `normed`: between the maps stands a norm over the inner features.
     """
 
-    config_class: ClassVar[type[EfficientAttentionConfig]]
-    needs_hidden: ClassVar[bool] = False
+    hidden_size: int
+    inner_size: int
+    maps: tuple[str, ...]
+    layer: int = 0
+    num_layers: int = 1
+    patched_index: int = 0
+    normed: bool = False
+
+
+class EfficientLayer(AuxiliaryLearner):
+    """What all variants have in common; `kind` says what of a layer they replace, "attention" or "feed-forward"."""
+
+    kind: ClassVar[str]
+    config_class: ClassVar[type[VariantConfig]]
     linear_cost: ClassVar[bool] = True  # FLOPs grow as N; False where they grow as N^2 over a constant
     constant_state: ClassVar[bool] = False  # the decoder state stays the same size however long generation runs
 
-    def __init__(self, config: EfficientAttentionConfig, host: HostShape) -> None:
+    def __init__(self, config: VariantConfig, host: Any) -> None:
         super().__init__()
         self.config = config
         self.host = host
         self.check_host(config, host)
 
     @classmethod
-    def check_host(cls, config: EfficientAttentionConfig, host: HostShape) -> None:
+    def check_host(cls, config: VariantConfig, host: Any) -> None:
         """Raises ValueError where this config cannot serve this layer; runs before a model is changed."""
 
     @classmethod
-    def resolve(cls, config: EfficientAttentionConfig, host: HostShape) -> EfficientAttentionConfig:
+    def resolve(cls, config: VariantConfig, host: Any) -> VariantConfig:
         """The config with what it leaves to the model filled in (such as a length of None); this one is saved."""
         return config
 
     @classmethod
-    def tie_parameters(cls, modules: list[EfficientAttention]) -> None:
+    def tie_parameters(cls, modules: list[EfficientLayer]) -> None:
         """Shares parameters between the layers that one entry of a patch gave this variant; called after they are built."""
+
+
+class EfficientFeedForward(EfficientLayer):
+    """
+    Base of what replaces a feed-forward. Its linear maps stay where they are, and each asks `project` for its output; what
+    the model computes between them (activation, gating, dropout) stays the model's own.
+    """
+
+    kind = "feed-forward"
+    constant_state = True  # a feed-forward keeps none
+
+    def __init__(self, config: VariantConfig, host: FeedForwardShape) -> None:
+        super().__init__(config, host)
+        self.tokens: tuple[int, int, Tensor | None] | None = None
+
+    def take_over(self, maps: Mapping[str, nn.Module]) -> None:
+        """Called once, with the pretrained linear maps by their paths, before they are changed."""
+
+    def note_tokens(self, batch: int, length: int, real: Tensor | None) -> None:
+        """
+        In training the layer's attention, which runs first, tells the size of the batch and its real tokens, (B, N) bool or
+        None where all are.
+        """
+        self.tokens = batch, length, real
+
+    def project(self, path: str, pretrained: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the linear map `path` of the feed-forward gives for x (..., features), in place of pretrained(x)."""
+        raise NotImplementedError(f"{type(self).__name__} must define project().")
+
+
+class EfficientAttention(EfficientLayer):
+    """
+    Base of every attention variant. A subclass sets `config_class`, is decorated with `registry.register_variant` and writes
+    `attend`; compaction of padded rows, `dense_below`, keys that outnumber queries and the bookkeeping of the decoder
+    state are done here, once.
+
+    Shapes: B batch, H query heads, G key/value heads (G divides H), N tokens of this call, D head size.
+    """
+
+    kind = "attention"
+    config_class: ClassVar[type[EfficientAttentionConfig]]
+    needs_hidden: ClassVar[bool] = False
 
     def attend(
         self,

@@ -1,4 +1,4 @@
-"""Every registered variant on every architecture of the zoo; both are found, none is named here."""
+"""Every registered attention variant on every architecture of the zoo; both are found, none is named here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo import TASKS, USUAL_TASK, ZOO, Tiny
 from hf_efficient_attn import available_variants, describe, patch_model, unpatch_model
 from hf_efficient_attn.hosts import find_hosts
 
-VARIANTS = list(available_variants())
+VARIANTS = list(available_variants("attention"))
 SERVED = {name: tiny for name, tiny in ZOO.items() if tiny.refused is None}
 TEXT = [name for name, tiny in SERVED.items() if tiny.kind != "vision"]
 DECODERS = [name for name, tiny in SERVED.items() if tiny.kind == "decoder"]

@@ -51,6 +51,7 @@ class Tiny:
         n_layers: self-attention layers, of encoder and decoder together.
         learned_positions: whether a table of learned positions bounds the length of a text.
         refused: the keyword argument of the attention call for which patching has to raise, or None.
+        feed_forward: whether its layers have a feed-forward of linear maps, and not a mixture of experts already.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Tiny:
     n_layers: int = 2
     learned_positions: bool = False
     refused: str | None = None
+    feed_forward: bool = True
 
     def config(self, **overrides: Any) -> transformers.PreTrainedConfig:
         """The config, every dropout 0; `overrides` win over the options of this architecture."""
@@ -163,7 +165,7 @@ ZOO: dict[str, Tiny] = {
         Tiny("gemma2", "decoder", "gemma2", _GEMMA2, refused="softcap"),
         Tiny("gemma2_nocap", "decoder", "gemma2", _GEMMA2 | {"attn_logit_softcapping": None}),
         Tiny("phi3", "decoder", "phi3", {"num_key_value_heads": 2}),
-        Tiny("gpt_oss", "decoder", "gpt_oss", _GROUPED | _WINDOW | _GPT_OSS, refused="s_aux"),
+        Tiny("gpt_oss", "decoder", "gpt_oss", _GROUPED | _WINDOW | _GPT_OSS, refused="s_aux", feed_forward=False),
         Tiny("vit", "vision", "vit", {"image_size": 4 * PATCH, "patch_size": PATCH}),
         Tiny("bart", "encoder-decoder", "bart", _BART, n_layers=4, learned_positions=True),
         Tiny("t5", "encoder-decoder", "t5", _T5, n_layers=4, refused="position_bias"),

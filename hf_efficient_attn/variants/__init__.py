@@ -17,4 +17,6 @@ from . import (
     transformer_xl,
     compressive,
     infini,
+    mixture_of_heads,
+    moe,
 )
