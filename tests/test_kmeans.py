@@ -121,3 +121,25 @@ def test_cluster_former_takes_turns():
     patch_model(model, "cluster_former", window=4, num_clusters=3)
     kinds = [hasattr(layer.self_attn.efficient_attn, "centroids") for layer in model.model.layers]
     assert kinds == [False, True]
+
+
+@pytest.mark.parametrize("name", ["routing", "cluster_former"])
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_a_recomputed_forward_sees_the_centroids_of_the_first(name, arch):
+    """Two models, one with activation checkpointing, take the same steps while their centroids move fast."""
+    results = []
+    for checkpointing in (False, True):
+        model = ZOO[arch].build().train()
+        options = {"alternate": False} if name == "cluster_former" else {}
+        patch_model(model, name, num_clusters=3, window=4, decay=0.5, **options)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        buffers = {n: b.clone() for n, b in model.named_buffers() if n.endswith("centroids")}
+        for _ in range(2):
+            model.zero_grad()
+            model(**ZOO[arch].inputs(2, 40), use_cache=False).logits.square().mean().backward()
+        moved = {n: b for n, b in model.named_buffers() if n.endswith("centroids")}
+        assert all((b - buffers[n]).abs().max() > 0.1 for n, b in moved.items())
+        results.append(moved | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for n, x in results[0].items():
+        torch.testing.assert_close(results[1][n], x, atol=1e-6, rtol=1e-4)

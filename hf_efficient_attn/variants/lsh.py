@@ -62,12 +62,12 @@ class LshConfig(EfficientAttentionConfig):
 
     @classmethod
     def tiny(cls, causal: bool) -> LshConfig:
-        return cls(num_buckets=4, num_hashes=2, window=2)
+        return cls(num_buckets=2, num_hashes=3, window=3)
 
     @classmethod
     def variations(cls, causal: bool) -> list[LshConfig]:
         return [
-            cls(num_buckets=2, num_hashes=1, window=3, seed=3),
+            cls(num_buckets=4, num_hashes=1, window=2, seed=3),
             cls(num_buckets=6, num_hashes=3, window=5),
             cls(num_buckets=1, num_hashes=2, window=3),
         ]
