@@ -281,8 +281,8 @@ def local_decoder(
     """
     Softmax over what `pattern` shows of the past and the sinks, for the context's new tokens: (B, H, N, D) -> the same.
 
-    far(position) is a part that joins them, for queries at positions position + 0, 1, ...; not where dilation > 1. No
-    query sees any of it whose exact part begins at 0.
+    far(position) is a part that joins them, for queries at positions position + 0, 1, ..., of which its `span` may leave out
+    the first; not where dilation > 1. No query sees any of it whose exact part begins at 0.
     """
     n, new, slots = query.shape[2], context.new, context.key.shape[2]
     options = {"scaling": scaling, "dropout": dropout, "far": far}
@@ -386,7 +386,8 @@ def _by_tiles(query: Tensor, context: Context, pattern, skip: int, sinks: Shared
         how = {"causal": True} if pattern.causal else {"mask": _Window(pattern, key.device)}
         late.append(blocks.part(key, value, skip, pattern.back, **how))
     if far is not None and begin < slots:
-        extra.append(replace(far(context.first + begin), span=(begin - skip, None)))
+        part = far(context.first + begin)
+        extra.append(replace(part, span=(begin - skip + part.span[0], None)))
     return joint_attention(query, [*late, *early, *extra], **options)
 
 

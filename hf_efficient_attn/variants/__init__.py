@@ -10,6 +10,7 @@ from . import (
     lsh,
     routing,
     cluster_former,
+    sinkhorn,
     topk_blocks,
     linformer,
     linear,
