@@ -9,6 +9,7 @@ from .config import EfficientAttentionConfig, VariantConfig, option
 from .patching import describe, patch_model, patched, unpatch_model
 from .positions import extend_positions
 from .registry import VariantInfo, available_variants, get_config_class, register_variant, unregister_variant
+from .selection import Budget, Selection, select_variants
 from .variant import EfficientAttention, EfficientFeedForward, FeedForwardShape, HostShape
 from .version import __version__
 
@@ -17,11 +18,13 @@ globals().update(_CONFIGS)
 
 __all__ = [
     "__version__",
+    "Budget",
     "EfficientAttention",
     "EfficientAttentionConfig",
     "EfficientFeedForward",
     "FeedForwardShape",
     "HostShape",
+    "Selection",
     "VariantConfig",
     "VariantInfo",
     "available_variants",
@@ -32,6 +35,7 @@ __all__ = [
     "patch_model",
     "patched",
     "register_variant",
+    "select_variants",
     "unpatch_model",
     "unregister_variant",
     *_CONFIGS,

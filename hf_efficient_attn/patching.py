@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,8 @@ from .variant import EfficientLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
+STRATEGIES: dict[str, Callable[..., Mapping[Any, Any]]] = {}  # name -> (model, **keywords) -> a mapping to patch with
+
 
 def patch_model(
     model: Model,
@@ -32,7 +34,8 @@ def patch_model(
 
     variant: a registry name (`available_variants()`), with hyper-parameters as keywords; a config; or a mapping from layers
         to names, configs or config dicts, such as {"0-5": "sliding_window", "6-11": LinformerConfig(rank=64)}, or to lists
-        of an attention and a feed-forward variant.
+        of an attention and a feed-forward variant; or "auto", with the keywords `data` and `budget`: what
+        `selection.select_variants` finds.
     layers: attention layers counted from 0, as a list or a range string ("2-5", "8-"); None for all. Layers that are not
         named, and all cross-attention, stay as they are. A feed-forward has the number of the attention before it.
 
@@ -48,6 +51,14 @@ def patch_model(
         if layers is not None or hyper:
             raise ValueError("a mapping names its own layers and hyper-parameters; leave out `layers` and keywords.")
         choices: Mapping[Any, Any] = variant
+    elif isinstance(variant, str) and variant in STRATEGIES:
+        if layers is not None:
+            raise ValueError(f"{variant!r} chooses the layers itself; leave out `layers`.")
+        choices = STRATEGIES[variant](model, **hyper)
+        if not choices:
+            raise ValueError(
+                f"{variant!r} found nothing better than dense attention within the budget; the model stays as it is."
+            )
     else:
         choices = {_as_key(layers): make_config(variant, hyper)}
     adopt(base, choices, model)

@@ -29,9 +29,9 @@ from .config import EfficientAttentionConfig
 from .hosts import base_model, find_hosts
 from .losses import causal_lm_losses, has_plain_head
 from .ops.exact import exact_attention
-from .patching import patched
+from .patching import STRATEGIES, patched
 from .recovery import patched_layers
-from .registry import build, get_info
+from .registry import available_variants, build, get_info
 from .swapping import make_config
 from .variant import EfficientAttention, HostShape
 
@@ -168,6 +168,29 @@ def select_variants(
     finally:
         model.train(training)
     return Selection(_mapping(chosen.labels, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
+
+
+def choose(
+    model: nn.Module, *, data: Any, budget: Budget | Mapping[str, Any], candidates: Any = None
+) -> dict[str, Any]:
+    """
+    The mapping behind `patch_model(model, "auto", data=..., budget=...)`. Without `candidates`: every attention variant that
+    brings no parameters, and so needs no training, with its own defaults.
+    """
+    budget = budget if isinstance(budget, Budget) else Budget(**budget)
+    if candidates is None:
+        shape = find_hosts(base_model(model))[0].shape
+        candidates = [name for name in available_variants("attention") if _trains_nothing(name, shape)]
+    return select_variants(model, data, candidates=candidates, budget=budget).mapping
+
+
+def _trains_nothing(name: str, shape: HostShape) -> bool:
+    info = get_info(name)
+    try:
+        module = build(info.module_class.resolve(info.config_class(), shape), shape)
+    except ValueError:  # cannot serve this layer
+        return False
+    return not list(module.parameters()) and info.family != "exact"
 
 
 def _labelled(candidates: Sequence[Any], shapes: list[HostShape]) -> dict[str, EfficientAttentionConfig]:
@@ -386,3 +409,6 @@ def _mapping(
         if label != DENSE:
             numbers.setdefault(label, []).append(str(layer))
     return {",".join(layers): table[label] for label, layers in numbers.items()}
+
+
+STRATEGIES["auto"] = choose

@@ -8,8 +8,9 @@ import pytest
 import torch
 from zoo import ZOO
 
-from hf_efficient_attn import BlockConfig, FlashConfig, SlidingWindowConfig, patch_model, unpatch_model
+from hf_efficient_attn import BlockConfig, FlashConfig, SlidingWindowConfig, describe, patch_model, unpatch_model
 from hf_efficient_attn.hosts import find_hosts
+from hf_efficient_attn.patching import STRATEGIES
 from hf_efficient_attn.recovery import attention_errors
 from hf_efficient_attn.selection import Budget, _calibrate, _labelled, default_loss, select_variants
 
@@ -102,6 +103,21 @@ def test_scores_are_the_formula_s() -> None:
     patch_model(model, CANDIDATES[0][1])
     for error in attention_errors(model, [batch]):
         assert by_layer[error.layer, "narrow"].error == pytest.approx(error.error, rel=1e-3)
+
+
+def test_the_short_form(monkeypatch) -> None:
+    model, batches = sharpened()
+    budget = {"max_cost": 0.7, "cost": "state"}
+    patch_model(model, "auto", data=batches, budget=budget, candidates=CANDIDATES)
+    chosen = [row.variant for row in describe(model)]
+    assert any(name == "sliding_window" or name == "block" for name in chosen)
+    unpatch_model(model)
+    with pytest.raises(ValueError, match="chooses the layers itself"):
+        patch_model(model, "auto", data=batches, budget=budget, layers=[0])
+    monkeypatch.setitem(STRATEGIES, "auto", lambda model, **given: {})
+    with pytest.raises(ValueError, match="nothing better than dense"):
+        patch_model(model, "auto", data=batches, budget=budget)
+    assert [row.variant for row in describe(model)] == [None, None]
 
 
 @pytest.mark.parametrize(
