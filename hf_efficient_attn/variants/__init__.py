@@ -12,6 +12,7 @@ from . import (
     cluster_former,
     sinkhorn,
     topk_blocks,
+    adaptive,
     linformer,
     linear,
     performer,
