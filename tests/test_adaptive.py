@@ -87,13 +87,22 @@ def test_temperature_falls_in_training_alone_and_is_saved() -> None:
     assert layer.to(torch.bfloat16).steps.item() == 6
 
 
-def test_a_step_with_checkpointing_counts_once() -> None:
-    model = patched().train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = ZOO["llama"].inputs(2, 20)
-    for step in (1, 2):
-        model(**ids, labels=ids["input_ids"], use_cache=False).loss.backward()
-        assert [layer.steps.item() for layer in layers(model)] == [step] * len(layers(model))
+def test_checkpointing_counts_a_step_once_and_changes_no_gradient() -> None:
+    ids, gradients = ZOO["llama"].inputs(2, 20), []
+    for checkpointing in (False, True):
+        model = patched().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps = []
+        for _ in range(2):  # the second at a lower temperature
+            model.zero_grad()
+            model(**ids, labels=ids["input_ids"], use_cache=False).loss.backward()
+            gradients.append([layer.gate.grad.clone() for layer in layers(model)])
+            steps.append([layer.steps.item() for layer in layers(model)])
+        assert steps == [[step] * len(layers(model)) for step in (1, 2)]
+    plain, checkpointed = gradients[:2], gradients[2:]
+    torch.testing.assert_close(checkpointed, plain)
+    assert (plain[1][0] - plain[0][0]).abs().max() > 1e-4 * plain[0][0].abs().max(), "the temperature does not matter"
 
 
 def test_hardened_layer_is_the_soft_one_with_certain_gates() -> None:

@@ -66,7 +66,8 @@ class AdaptiveConfig(EfficientAttentionConfig):
 
     @classmethod
     def tiny(cls, causal: bool) -> AdaptiveConfig:
-        return cls(candidates=[candidate.tiny(causal) for candidate in cls().candidates])
+        candidates = [candidate.tiny(causal) for candidate in cls().candidates]
+        return cls(candidates=candidates, temperature=0.5, final_temperature=0.5)  # constant: two passes give the same
 
     @classmethod
     def variations(cls, causal: bool) -> list[AdaptiveConfig]:
@@ -75,7 +76,7 @@ class AdaptiveConfig(EfficientAttentionConfig):
         return [
             replace(tiny, choices=[1, 0]),
             replace(tiny, choices=[1, 1]),
-            replace(tiny, candidates=three, temperature=0.5),
+            replace(tiny, candidates=three, temperature=2.0),
             replace(tiny, candidates=three, choices=[2, 0]),
         ]
 
