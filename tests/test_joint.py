@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_efficient_attn.ops import joint
-from hf_efficient_attn.ops.joint import Part, joint_attention
+from hf_efficient_attn.ops.joint import Part, joint_attention, joint_attention_and_lse
 
 
 def dense(query, key, value, mask, bias):
@@ -40,6 +40,36 @@ def test_union_of_key_sets_is_one_softmax(fused, monkeypatch):
     grads = [torch.autograd.grad((x * weight).sum(), inputs, retain_graph=True) for x in (got, want)]
     for ours, theirs in zip(*grads, strict=True):
         assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("used", ["both", "lse"])
+def test_the_gradient_of_the_log_sum_exp(used, fused, monkeypatch):
+    """Beside the output's, whose gradient is zero for one query, or alone."""
+    if not fused:
+        monkeypatch.setattr(joint, "_fused", lambda query, dropout: False)
+    query, key, value = (
+        torch.randn(2, h, n, 8, dtype=torch.float64, requires_grad=True) for h, n in ((4, 5), (2, 9), (2, 9))
+    )
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    parts = [Part(key[:, :, :5], value[:, :, :5], causal=True), Part(key[:, :, 5:], value[:, :, 5:], bias=bias)]
+    output, lse = joint_attention_and_lse(query, parts, scaling=0.3)
+    logits = 0.3 * query @ key.repeat_interleave(2, 1).mT
+    logits = logits + torch.cat([bias.new_zeros(4, 5), bias[:, None].expand(4, 4)], 1)[None, :, None]
+    logits = logits.masked_fill(torch.ones(5, 9, dtype=torch.bool).triu(1) & (torch.arange(9) < 5), float("-inf"))
+    want = logits.softmax(-1) @ value.repeat_interleave(2, 1), logits.logsumexp(-1)
+    weights = torch.randn_like(output), torch.randn_like(lse)
+    weights[0][:, :, 2] = 0
+    torch.testing.assert_close(lse, want[1], atol=1e-12, rtol=0)
+    grads = []
+    for pair in ((output, lse), want):
+        terms = [(x * w).sum() for x, w in zip(pair, weights, strict=True)]
+        chosen = sum(terms) if used == "both" else terms[1]
+        grads.append(torch.autograd.grad(chosen, (query, key, value, bias), allow_unused=True))
+    for ours, theirs in zip(*grads, strict=True):
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        assert theirs.abs().max() > 1e-3 or used == "lse"
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 
 

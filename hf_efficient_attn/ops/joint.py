@@ -118,6 +118,14 @@ def joint_attention(query: Tensor, parts: list[Part], *, scaling: float, dropout
 
     The key sets of a query must be disjoint. Half precision is accumulated over parts in float32.
     """
+    return joint_attention_and_lse(query, parts, scaling=scaling, dropout=dropout)[0]
+
+
+@torch.compiler.disable
+def joint_attention_and_lse(
+    query: Tensor, parts: list[Part], *, scaling: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `joint_attention`, and the log-sum-exp (B, H, N) of each query's logits, -inf where it sees no key."""
     tensors, slots, index = [], {}, []
     for part in parts:
         for x in (part.key, part.value, part.bias):
@@ -157,13 +165,20 @@ class _Joint(torch.autograd.Function):
         output = output.to(query.dtype)
         ctx.save_for_backward(query, output, total, *tensors)
         ctx.parts, ctx.scaling, ctx.dropout, ctx.kept = parts, scaling, dropout, kept
-        return output
+        ctx.set_materialize_grads(False)
+        return output, total
 
     @staticmethod
     @without_autocast
-    def backward(ctx, grad):
+    def backward(ctx, grad, of_lse):
         query, output, total, *tensors = ctx.saved_tensors
-        grad, n = grad.contiguous(), query.shape[2]
+        dtypes, n = [x if x is None else x.dtype for x in (query, *tensors)], query.shape[2]
+        grad = torch.zeros_like(output) if grad is None else grad.contiguous()
+        if of_lse is not None:
+            query, grad, output, *tensors = (
+                x if x is None else x.to(total.dtype) for x in (query, grad, output, *tensors)
+            )
+            grad, output = _with_gradient_of_lse(grad, output, of_lse)
         total = total.masked_fill(total == float("-inf"), HUGE)
         grad_query, grads = None, [None] * len(tensors)
         for (part, *places), saved in zip(ctx.parts, ctx.kept, strict=True):
@@ -186,8 +201,20 @@ class _Joint(torch.autograd.Function):
                     grads[place] = given
                 else:
                     grads[place] = grads[place] + given
-        grads = [g if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
-        return grad_query.to(query.dtype), None, None, None, *grads
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip([grad_query, *grads], dtypes, strict=True)]
+        return grads[0], None, None, None, *grads[1:]
+
+
+def _with_gradient_of_lse(grad: Tensor, output: Tensor, of_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    ds = p (dp - rowsum(dout * out) + dlse): parts learn of dlse by a stand-in for the output, with rowsum(dout * out) - dlse
+    in place of rowsum(dout * out), which is all they ask it for. It differs where dout is largest.
+    """
+    place = grad.abs().argmax(-1, keepdim=True)
+    largest, least = grad.gather(-1, place), torch.finfo(grad.dtype).tiny ** 0.5
+    largest = torch.where(largest.abs() < least, least, largest)  # of no weight in dv
+    changed = output.gather(-1, place) - of_lse[..., None] / largest
+    return grad.scatter(-1, place, largest), output.scatter(-1, place, changed)
 
 
 def _slices(part: Part, length: int, size: int, fused: bool):

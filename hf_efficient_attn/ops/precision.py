@@ -14,7 +14,7 @@ def without_autocast(function: Callable) -> Callable:
 
     @wraps(function)
     def run(ctx, *args):
-        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")  # no gradient may have arrived
         with torch.autocast(device, enabled=False):
             return function(ctx, *args)
 
