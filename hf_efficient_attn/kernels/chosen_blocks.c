@@ -10,77 +10,9 @@
  * different threads must share neither queries nor blocks.
  */
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int ivec __attribute__((vector_size(64), aligned(4), may_alias));
+#include "arithmetic.h"
 
-enum { W = 16, R = 48, MOST = 256 };
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* c (m, 16 nv) = or += a (m, depth) b (depth, 16 nv), with m and nv constants of the caller. */
-INLINE void tile(int m, int nv, long depth, const float *a, long ar, long ak, const float *b, long ldb, float *c,
-                 long ldc, int add) {
-    vec sum[6][4];
-#pragma GCC unroll 6
-    for (int i = 0; i < m; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) sum[i][j] = add ? *(const vec *)(c + i * ldc + j * W) : (vec){0};
-    for (long p = 0; p < depth; p++) {
-        vec row[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) row[j] = *(const vec *)(b + p * ldb + j * W);
-#pragma GCC unroll 6
-        for (int i = 0; i < m; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) sum[i][j] += a[i * ar + p * ak] * row[j];
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < m; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) *(vec *)(c + i * ldc + j * W) = sum[i][j];
-}
-
-/* c (m, n) = or += a (m, depth) b (depth, n); n is a multiple of 16, a is read at i ar + p ak. */
-static void product(long m, long n, long depth, const float *a, long ar, long ak, const float *b, long ldb, float *c,
-                    long ldc, int add) {
-    for (long j = 0; j < n; j += 4 * W) {
-        long wide = n - j >= 4 * W;
-        for (long i = 0; i < m;) {
-            const float *ai = a + i * ar, *bj = b + j;
-            float *ci = c + i * ldc + j;
-            if (wide && m - i >= 6) {
-                tile(6, 4, depth, ai, ar, ak, bj, ldb, ci, ldc, add);
-                i += 6;
-                continue;
-            }
-            if (wide)
-                tile(1, 4, depth, ai, ar, ak, bj, ldb, ci, ldc, add);
-            else
-                for (long u = 0; u < n - j; u += W) tile(1, 1, depth, ai, ar, ak, bj + u, ldb, ci + u, ldc, add);
-            i += 1;
-        }
-    }
-}
-
-/* exp(x), relative error below 2e-7; 0 below -87. */
-INLINE vec exponential(vec x) {
-    ivec low = x < 88.0f, live = x > -87.0f;
-    x = (vec)((low & (ivec)x) | (~low & (ivec)((vec){0} + 88.0f)));
-    vec t = x * 1.44269504f, big = {0};
-    big += 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    vec n = (t + big) - big;
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = {0};
-    p += 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    return (vec)((ivec)(p * (vec)power) & live);
-}
+enum { R = 48 };
 
 static void transpose(const float *x, long m, long n, float *out) {
     for (long i = 0; i < m; i++)

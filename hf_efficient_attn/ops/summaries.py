@@ -24,7 +24,8 @@ from torch.nn.functional import pad
 
 from ..caching import AttentionState, Count, TokenStore, column, take
 from .joint import Part
-from .local import Context, Segments, local_decoder, remember
+from .local import Context, Segments, local_decoder, reads_directly, remember
+from .ranges import QUERIES, Tile, has_kernel, range_attention
 
 
 class Summary(Protocol):
@@ -81,11 +82,48 @@ def summary_decoder(
         visible = _Visible(
             summary, segment_size, exact_segments, num_sinks, query.shape[1], slots[0].shape[2], key.device
         )
+        if _in_ranges(query, context, pattern, dropout):
+            return _range_decoder(query, context, visible, slots, num_sinks=num_sinks, bias=bias, scaling=scaling)
 
         def far(position: Count) -> Part:
             return Part(*slots, mask=lambda begin, end: visible(position, begin, end), bias=bias)
 
     return local_decoder(query, context, pattern, scaling=scaling, dropout=dropout, far=far)
+
+
+def _in_ranges(query: Tensor, context: Context, pattern: Segments, dropout: float) -> bool:
+    """Whether a compiled kernel serves a call: one of many queries, whose rows stand at the same positions."""
+    aligned = isinstance(context.first, int) and isinstance(context.new, int)
+    return aligned and not reads_directly(query.shape[2], context, pattern) and has_kernel(query, dropout)
+
+
+def _range_decoder(
+    query: Tensor,
+    context: Context,
+    visible: _Visible,
+    slots: tuple[Tensor, Tensor],
+    *,
+    num_sinks: int,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """As `local_decoder` with the slots as its far part: sinks, then slots, are the far list."""
+    b, first, sinks = visible.b, context.first, context.sink_key.shape[2]
+    tiles, begin, end = [], first + context.new, first + context.new + query.shape[2]
+    for position in (p for segment in range(begin // b * b, end, b) for p in range(segment, segment + b, QUERIES)):
+        low, high = max(position, begin), min(position + QUERIES, position // b * b + b, end)
+        if low < high:
+            exact = max(position // b - visible.exact_segments, 0) * b
+            seen = exact if exact < num_sinks else num_sinks + exact // b * visible.slots
+            tiles.append(Tile(low - begin, high - begin, exact - first, high - first, seen, low - first))
+    if first:  # the sinks are no longer among the keys of the context
+        slots = torch.cat([context.sink_key, slots[0]], 2), torch.cat([context.sink_value, slots[1]], 2)
+    added = query.new_zeros(query.shape[1]) if bias is None else bias
+    added = pad(added[:, None].expand(-1, visible.size), (sinks, 0))[None]
+    if visible.exists is not None:
+        added = added.masked_fill(~pad(visible.exists[:, :, 0], (sinks, 0), value=True), float("-inf"))
+    near = context.key, context.value
+    return range_attention(query, near, slots, added, tiles, lead=0 if first else sinks, scaling=scaling)
 
 
 def remember_slots(
@@ -125,7 +163,8 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
     positions = column(begun) * b + torch.arange(n * b, device=context.key.device)
     if isinstance(begun, int):
         start = begun * b - context.first
-        key, value = (x[:, :, start : start + n * b] for x in (context.key, context.value))
+        rest = context.key.shape[2] - start - n * b
+        key, value = (x.split([start, n * b, rest], 2)[1] for x in (context.key, context.value))
         masked = min(max(-(-num_sinks // b) - begun, 0), n)  # segments that hold sinks
     else:
         source = (positions - column(context.first)).clamp_max(context.key.shape[2] - 1)
@@ -133,11 +172,10 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
         masked = n if num_sinks else 0
     key, value = key.unflatten(2, (n, b)), value.unflatten(2, (n, b))
     real = (positions >= num_sinks).reshape(-1, n, b)
-    parts = []
-    if masked:
-        parts.append(summary.summarise(key[:, :, :masked], value[:, :, :masked], real[:, :masked]))
-    if masked < n:
-        parts.append(summary.summarise(key[:, :, masked:], value[:, :, masked:], None))
+    parts, sizes = [], [masked, n - masked]
+    for keys, values, some in zip(key.split(sizes, 2), value.split(sizes, 2), (real[:, :masked], None), strict=True):
+        if keys.shape[2]:
+            parts.append(summary.summarise(keys, values, some))
     return [torch.cat(x, 2).flatten(2, 3) for x in zip(*parts, strict=True)]
 
 

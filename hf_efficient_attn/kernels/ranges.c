@@ -1,0 +1,151 @@
+/*
+ * Tiles of queries that each read a range of near keys and the first keys of a far list: ops/ranges.py on a CPU, float32.
+ *
+ * tiles: of each, six numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
+ * number of far keys, and the near key that stands at the first query's position. Query begin + t sees near keys up to
+ * that one + t. With r_i the log-sum-exp of a query's logits and b_j the bias of a far key:
+ *
+ *     s_ij = scaling q_i k_j (+ b_j),    out_i = sum_j exp(s_ij - r_i) v_j.
+ *
+ * Everything of a tile is held transposed, with the queries side by side: neither keys nor values need to be turned, and
+ * maxima and sums over keys are plain vector operations. Rows of q, k, v, grad are D floats, sq, sk, sv, sg apart.
+ */
+
+#include "arithmetic.h"
+
+enum { T = 64, KEYS = 128, LANES = T / W };
+
+#define NOTHING (-__builtin_inff())
+
+typedef struct {
+    const float *key, *value, *bias;
+    float *dkey, *dvalue, *dbias;
+    long ks, vs, begin, end, diagonal; /* key `diagonal` stands at the first query's position */
+} Range;
+
+/* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros where there is no query. */
+static void gather(const float *x, long stride, long m, long dim, float factor, float *out) {
+    for (long i = 0; i < T; i += W)
+        for (long p = 0; p < dim; p += W) {
+            vec square[W];
+            for (long u = 0; u < W; u++) {
+                square[u] = (vec){0};
+                if (i + u < m) square[u] = *(const vec *)(x + (i + u) * stride + p) * factor;
+            }
+            turn(square);
+            for (long u = 0; u < W; u++) *(vec *)(out + (p + u) * T + i) = square[u];
+        }
+}
+
+/* Inverse of `gather`, into rows dim apart. */
+static void scatter(const float *x, long m, long dim, float *out) {
+    for (long i = 0; i < m; i += W)
+        for (long p = 0; p < dim; p += W) {
+            vec square[W];
+            for (long u = 0; u < W; u++) square[u] = *(const vec *)(x + (p + u) * T + i);
+            turn(square);
+            for (long u = 0; u < W && i + u < m; u++) *(vec *)(out + (i + u) * dim + p) = square[u];
+        }
+}
+
+/* Logits (n, T) of keys begin.. of a range. */
+static void logits(const Range *r, long begin, long n, long dim, const float *qt, float *s) {
+    product(n, T, dim, r->key + begin * r->ks, r->ks, 1, qt, T, s, T, 0);
+    for (long j = 0; j < n; j++) {
+        float *row = s + j * T;
+        if (r->bias)
+            for (long i = 0; i < T; i += W) *(vec *)(row + i) += r->bias[begin + j];
+        for (long i = 0; i < begin + j - r->diagonal && i < T; i++) row[i] = NOTHING;
+    }
+}
+
+void ranges_forward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
+                    const float *fv, const float *bias, const long *tiles, long count, long dim, float scaling,
+                    float *out, float *total) {
+    static __thread float qt[MOST * T], ot[MOST * T], s[KEYS * T];
+    for (long l = 0; l < count; l++, tiles += 6) {
+        long first = tiles[0], m = tiles[1] - first;
+        Range ranges[2] = {{k, v, 0, 0, 0, 0, sk, sv, tiles[2], tiles[3], tiles[5]},
+                           {fk, fv, bias, 0, 0, 0, dim, dim, 0, tiles[4], tiles[4]}};
+        vec top[LANES], sum[LANES];
+        gather(q + first * sq, sq, m, dim, scaling, qt);
+        for (long i = 0; i < dim * T; i++) ot[i] = 0;
+        for (int i = 0; i < LANES; i++) top[i] = (vec){0} + NOTHING, sum[i] = (vec){0};
+        for (const Range *r = ranges; r < ranges + 2; r++)
+            for (long begin = r->begin; begin < r->end; begin += KEYS) {
+                long n = r->end - begin < KEYS ? r->end - begin : KEYS;
+                logits(r, begin, n, dim, qt, s);
+                for (int i = 0; i < LANES; i++) {
+                    vec high = top[i], weight = {0};
+                    for (long j = 0; j < n; j++) high = larger(high, *(vec *)(s + j * T + i * W));
+                    vec reference = larger(high, (vec){0} - 1e30f); /* finite where nothing is seen */
+                    vec factor = exponential(top[i] - reference);
+                    for (long j = 0; j < n; j++) {
+                        vec *at = (vec *)(s + j * T + i * W);
+                        *at = exponential(*at - reference);
+                        weight += *at;
+                    }
+                    sum[i] = sum[i] * factor + weight;
+                    top[i] = high;
+                    for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= factor;
+                }
+                product(dim, T, n, r->value + begin * r->vs, 1, r->vs, s, T, ot, T, 1);
+            }
+        for (int i = 0; i < LANES; i++) {
+            vec inverse = 1.0f / larger(sum[i], (vec){0} + 1e-30f);
+            for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= inverse;
+            for (long u = 0; u < W && i * W + u < m; u++)
+                total[first + i * W + u] = sum[i][u] > 0 ? top[i][u] + __builtin_logf(sum[i][u]) : 1e30f;
+        }
+        scatter(ot, m, dim, out + first * dim);
+    }
+}
+
+/* Rows of out and dq are dim apart, of dk and dv too; dbias gets T sums per key. dk, dv, dfk, dfv, dbias are added to. */
+void ranges_backward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
+                     const float *fv, const float *bias, const long *tiles, long count, long dim, float scaling,
+                     const float *out, const float *total, const float *grad, long sg, float *dq, float *dk, float *dv,
+                     float *dfk, float *dfv, float *dbias) {
+    static __thread float qt[MOST * T], gt[MOST * T], dqt[MOST * T], qs[MOST * T], s[KEYS * T], d[KEYS * T];
+    for (long l = 0; l < count; l++, tiles += 6) {
+        long first = tiles[0], m = tiles[1] - first;
+        Range ranges[2] = {{k, v, 0, dk, dv, 0, sk, sv, tiles[2], tiles[3], tiles[5]},
+                           {fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, tiles[4], tiles[4]}};
+        const float *g = grad + first * sg;
+        float lse[T], delta[T];
+        gather(q + first * sq, sq, m, dim, scaling, qt);
+        gather(g, sg, m, dim, 1.0f, gt);
+        for (long i = 0; i < m; i++)
+            for (long p = 0; p < dim; p += W)
+                *(vec *)(qs + i * dim + p) = *(const vec *)(q + (first + i) * sq + p) * scaling;
+        for (long i = 0; i < T; i++) lse[i] = i < m ? total[first + i] : 1e30f, delta[i] = 0;
+        for (long i = 0; i < m; i++) {
+            vec sum = {0};
+            for (long p = 0; p < dim; p += W)
+                sum += *(const vec *)(g + i * sg + p) * *(const vec *)(out + (first + i) * dim + p);
+            for (int u = 0; u < W; u++) delta[i] += sum[u];
+        }
+        for (long i = 0; i < dim * T; i++) dqt[i] = 0;
+        for (const Range *r = ranges; r < ranges + 2; r++)
+            for (long begin = r->begin; begin < r->end; begin += KEYS) {
+                long n = r->end - begin < KEYS ? r->end - begin : KEYS;
+                logits(r, begin, n, dim, qt, s);
+                product(n, T, dim, r->value + begin * r->vs, r->vs, 1, gt, T, d, T, 0);
+                for (long j = 0; j < n; j++) {
+                    vec sum = {0};
+                    for (long i = 0; i < T; i += W) {
+                        vec *at = (vec *)(s + j * T + i), *slope = (vec *)(d + j * T + i);
+                        *at = exponential(*at - *(vec *)(lse + i));
+                        *slope = (*slope - *(vec *)(delta + i)) * *at;
+                        sum += *slope;
+                    }
+                    if (r->dbias) *(vec *)(r->dbias + (begin + j) * W) += sum;
+                }
+                product(n, dim, m, s, T, 1, g, sg, r->dvalue + begin * dim, dim, 1);
+                product(n, dim, m, d, T, 1, qs, dim, r->dkey + begin * dim, dim, 1);
+                product(dim, T, n, r->key + begin * r->ks, 1, r->ks, d, T, dqt, T, 1);
+            }
+        for (long i = 0; i < dim * T; i++) dqt[i] *= scaling;
+        scatter(dqt, m, dim, dq + first * dim);
+    }
+}

@@ -1,0 +1,107 @@
+"""Ranges of near keys and a far list, by the compiled kernel: what PyTorch's operators compute in the same decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_efficient_attn import HostShape, LinformerConfig, kernels
+from hf_efficient_attn.ops.ranges import Tile, range_attention
+from hf_efficient_attn.registry import build
+
+pytestmark = pytest.mark.skipif(kernels.load("ranges") is None, reason="no C compiler here")
+
+SIZES = {"rank": 64, "max_length": 256}
+LAYERS = [  # head size, length, config
+    (64, 333, {"segment_size": 64, "num_sinks": 4}),
+    (16, 200, {"segment_size": 20, "num_sinks": 45, "exact_segments": 0}),
+    (80, 259, {"segment_size": 60, "num_sinks": 0, "exact_segments": 2}),
+    (32, 130, {"segment_size": 16, "num_sinks": 3, "sharing": "none"}),
+]
+
+
+def layer(dim: int, fields: dict):
+    module = build(LinformerConfig(**SIZES, **fields), HostShape(6, 2, dim, 6 * dim, True))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def inputs(dim: int, length: int, scale: float = 1.0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    draw = [torch.randn(3, length, heads, dim, generator=g).mul_(scale) for heads in (6, 2, 2)]
+    return [x.transpose(1, 2).requires_grad_() for x in draw]
+
+
+def results(dim: int, length: int, fields: dict, padded: bool, scale=1.0, dtype=torch.float32) -> list[torch.Tensor]:
+    """Output and all gradients of a layer of grouped queries, whose heads are side by side in memory."""
+    module = layer(dim, fields).to(dtype)
+    args = [x.detach().to(dtype).requires_grad_() for x in inputs(dim, length, scale)]
+    padding = torch.arange(length) >= torch.tensor([0, 40, length - 1])[:, None] if padded else None
+    output = module(*args, padding=padding, scaling=dim**-0.5, causal=True)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), [*args, *module.parameters()])]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    names, call = [], kernels.call
+    monkeypatch.setattr(
+        kernels, "call", lambda function, *args: names.append(function.__name__) or call(function, *args)
+    )
+    return names
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("dim", "length", "fields"), LAYERS)
+def test_the_kernel_is_the_joint_softmax(calls, dim, length, fields, padded) -> None:
+    ours = results(dim, length, fields, padded)
+    assert set(calls) == {"ranges_forward", "ranges_backward"}
+    calls.clear()
+    with kernels.off():
+        theirs = results(dim, length, fields, padded)
+    assert not calls
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-4)
+        assert want.abs().max() > 0.1
+
+
+def test_large_logits_do_not_overflow() -> None:
+    """Logits of some hundreds: as near to double precision as PyTorch's operators are."""
+    dim, length, fields = LAYERS[0]
+    ours, exact = (results(dim, length, fields, False, 12.0, dtype) for dtype in (torch.float32, torch.float64))
+    with kernels.off():
+        theirs = results(dim, length, fields, False, 12.0)
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).abs().max() <= 2 * (other - want).abs().max() < 1e-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("splits", [(333,), (70, 263), (200, 1, 132), (128, 205)])
+def test_a_later_call_of_many_tokens(calls, splits) -> None:
+    dim, length, fields = LAYERS[0]
+    module, args = layer(dim, fields), inputs(dim, length)
+    options = {"scaling": dim**-0.5, "causal": True}
+    with torch.no_grad():
+        with kernels.off():
+            full = module(*args, **options)
+        state, outputs = module.make_state(), []
+        for part in zip(*(x.split(splits, 2) for x in args), strict=True):
+            state.update(part[1], part[2])
+            outputs.append(module(*part, state=state, **options))
+    assert calls.count("ranges_forward") >= 18 * len([n for n in splits if n > 128])
+    torch.testing.assert_close(torch.cat(outputs, 2), full, atol=1e-5, rtol=1e-4)
+
+
+def test_tiles_see_what_they_say() -> None:
+    """One tile by hand: near keys 3 to 6, up to the query's own, and the first two of a far list, one of them hidden."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, n, 16, generator=g) for n in (3, 9, 9))
+    far = [torch.randn(1, 1, 4, 16, generator=g) for _ in range(2)]
+    bias = torch.tensor([[[0.5, float("-inf"), 9.0, 9.0]]])
+    got = range_attention(query, (key, value), far, bias, [Tile(0, 3, 3, 7, 2, 4)], scaling=0.3)
+    for i in range(3):
+        near = slice(3, 5 + i)
+        logits = torch.cat([0.3 * key[0, 0, near] @ query[0, 0, i], 0.3 * far[0][0, 0, :1] @ query[0, 0, i] + 0.5])
+        want = logits.softmax(0) @ torch.cat([value[0, 0, near], far[1][0, 0, :1]])
+        torch.testing.assert_close(got[0, 0, i], want, atol=1e-6, rtol=1e-5)
