@@ -11,6 +11,7 @@ from .positions import extend_positions
 from .registry import VariantInfo, available_variants, get_config_class, register_variant, unregister_variant
 from .selection import Budget, Selection, select_variants
 from .variant import EfficientAttention, EfficientFeedForward, FeedForwardShape, HostShape
+from .variants.adaptive import harden
 from .version import __version__
 
 _CONFIGS = {info.config_class.__name__: info.config_class for info in available_variants().values()}
@@ -31,6 +32,7 @@ __all__ = [
     "describe",
     "extend_positions",
     "get_config_class",
+    "harden",
     "option",
     "patch_model",
     "patched",

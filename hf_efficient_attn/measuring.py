@@ -104,8 +104,9 @@ def count_flops(fn: Callable[[], Any]) -> int:
     """
     Floating-point operations of `fn()`, forward and backward: matrix products, convolutions and attention kernels.
 
-    A multiply-add is two; element-wise work is not counted, and PyTorch's operators stand in for compiled kernels. A fused attention kernel counts all queries x keys also
-    where it is causal, as `torch.utils.flop_counter` does for all its kernels.
+    A multiply-add is two; element-wise work is not counted, and PyTorch's operators stand in for compiled kernels. A
+    fused attention kernel counts all queries x keys also where it is causal, as `torch.utils.flop_counter` does for all
+    its kernels.
     """
     with kernels.off(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS) as counter:
         fn()

@@ -90,6 +90,20 @@ def test_recomputation_sees_the_same_statistics(counting) -> None:
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+def test_parts_of_a_combined_layer_learn_too(counting) -> None:
+    model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs(2, 12)
+    patch_model(model, "combined", parts=["counting", "block"])
+    part = model.model.layers[0].self_attn.efficient_attn.parts[0]
+    model.train()
+    loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    plain = torch.nn.functional.cross_entropy(
+        model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
+    )
+    torch.testing.assert_close(loss, plain + 2 * 3)
+    loss.backward()
+    assert float(part.seen) == 12
+
+
 def test_nothing_moves_in_eval_or_without_backward(counting) -> None:
     model, layers = build()
     inputs = ZOO["llama"].inputs(2, 12)

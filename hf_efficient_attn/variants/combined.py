@@ -152,6 +152,7 @@ class CombinedAttention(EfficientAttention):
                 own.count = state.count  # only the layer's count is advanced between calls
             seen = hidden if part.needs_hidden else None
             outputs.append(part.attend_from_below(queries[i], keys[i], values[i], state=own, hidden=seen, **shared))
+            part.after_backward(queries[i], outputs[-1])
         return torch.cat(outputs, 1)
 
 
