@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from hf_efficient_attn import available_variants, patch_model
-from hf_efficient_attn.cli import app
+from hf_efficient_attn import available_variants, cli, patch_model
 
 WORDS = [f"w{i}" for i in range(30)]
 
@@ -30,7 +29,8 @@ def folder(tmp_path_factory):
 
 
 def call(*args) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+    cli.console.width = 200
+    done = CliRunner().invoke(cli.app, [str(arg) for arg in args])
     return done.exit_code, " ".join(done.output.split())
 
 
