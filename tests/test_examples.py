@@ -699,7 +699,7 @@ def test_options_presets_and_their_refusals(tmp_path, capsys):
     file.write_text("modell: x")
     refusals = {
         ("--preset", str(file)): "cannot use ['modell']",
-        ("--preset", "absent"): "presets are demo",
+        ("--preset", "absent"): "presets are authors, demo",
         ("--resume",): "--resume needs the --output-dir",
         ("--batch-size", "0"): "--batch-size 0: at least 1",
         ("--max-steps", "-1"): "--max-steps -1: at least 0",
