@@ -16,16 +16,37 @@ segment, n segments.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import AttentionState, Count, TokenStore, column, take
+from ..config import EfficientAttentionConfig, option
 from .joint import Part
 from .local import Context, Segments, local_decoder, reads_directly, remember
 from .ranges import QUERIES, Tile, has_kernel, range_attention
+
+
+@dataclass(kw_only=True)
+class SummaryConfig(EfficientAttentionConfig):
+    """Base of the configs of variants that are summary decoders."""
+
+    segment_size: int = option(256, "tokens of a segment, in decoders", minimum=1)
+    exact_segments: int = option(1, "segments before its own that a decoder's token sees exactly", minimum=0)
+    num_sinks: int = option(4, "first tokens that every later one sees exactly, in decoders", minimum=0)
+
+    def segments(self) -> dict[str, int]:
+        """What `summary_decoder` is to be told."""
+        return {name: getattr(self, name) for name in ("segment_size", "exact_segments", "num_sinks")}
+
+    def exact_part(self) -> dict[str, Any]:
+        """The exact part alone, as options of `transformer_xl`."""
+        memory = self.exact_segments * self.segment_size
+        own = {name: getattr(self, name) for name in ("segment_size", "num_sinks", "dense_below")}
+        return {"memory_size": memory, **own}
 
 
 class Summary(Protocol):
@@ -38,6 +59,30 @@ class Summary(Protocol):
 
     def exists(self, real: Tensor) -> Tensor:
         """real (B or 1, n, b) -> bool (B or 1, G or 1, n, r), which slots have anything to stand for."""
+
+
+@dataclass(frozen=True)
+class SoftmaxPool:
+    """
+    r weighted means of a segment's tokens, a = softmax(weight k^T) over them: k~ = a k, v~ = a v. weight (G, r, D).
+    """
+
+    weight: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.weight.shape[1]
+
+    def summarise(self, key: Tensor, value: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self.weight[:, None].to(key.dtype) @ key.mT
+        logits = logits.to(torch.promote_types(key.dtype, torch.float32))
+        if real is not None:
+            logits = logits.masked_fill(~real[:, None, :, None], torch.finfo(logits.dtype).min)
+        weights = logits.softmax(-1).to(key.dtype)
+        return weights @ key, weights @ value
+
+    def exists(self, real: Tensor) -> Tensor:
+        return real.any(2)[:, None, :, None].expand(-1, -1, -1, self.slots)
 
 
 class SlotStore(TokenStore):
@@ -163,8 +208,10 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
     positions = column(begun) * b + torch.arange(n * b, device=context.key.device)
     if isinstance(begun, int):
         start = begun * b - context.first
-        rest = context.key.shape[2] - start - n * b
-        key, value = (x.split([start, n * b, rest], 2)[1] for x in (context.key, context.value))
+        key, value = context.key, context.value
+        if key.shape[2] > n * b:
+            sizes = [start, n * b, key.shape[2] - start - n * b]
+            key, value = (x.split(sizes, 2)[1] for x in (key, value))
         masked = min(max(-(-num_sinks // b) - begun, 0), n)  # segments that hold sinks
     else:
         source = (positions - column(context.first)).clamp_max(context.key.shape[2] - 1)
@@ -172,10 +219,12 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
         masked = n if num_sinks else 0
     key, value = key.unflatten(2, (n, b)), value.unflatten(2, (n, b))
     real = (positions >= num_sinks).reshape(-1, n, b)
-    parts, sizes = [], [masked, n - masked]
-    for keys, values, some in zip(key.split(sizes, 2), value.split(sizes, 2), (real[:, :masked], None), strict=True):
-        if keys.shape[2]:
-            parts.append(summary.summarise(keys, values, some))
+    if masked in (0, n):
+        parts = [summary.summarise(key, value, real if masked else None)]
+    else:
+        sizes = [masked, n - masked]
+        parts = zip(key.split(sizes, 2), value.split(sizes, 2), (real[:, :masked], None), strict=True)
+        parts = [summary.summarise(*part) for part in parts]
     return [torch.cat(x, 2).flatten(2, 3) for x in zip(*parts, strict=True)]
 
 

@@ -19,6 +19,7 @@ from . import (
     transformer_xl,
     compressive,
     infini,
+    memory_compressed,
     funnel,
     mixture_of_heads,
     moe,
