@@ -190,7 +190,6 @@ class AttentionState(Node, CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self) -> None:
@@ -206,6 +205,11 @@ class AttentionState(Node, CacheLayerMixin):
         self.pending: dict | None = None  # a call's inputs to be read again before the next call
 
     # What Transformers asks of a cache layer
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be taken back: calls are recorded, or nothing was let go of yet."""
+        return self.record_past or self.can_crop()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
+from .hosts import cache_argument
 from .swapping import is_patched, plan, revert_layers, saved_form, swap_layers
 
 PREFIX = "efficient_"
@@ -40,7 +41,7 @@ class StateMixin:
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_argument((), model_kwargs)  # "past_key_values" until Transformers 5.23, "cache" since
         for module in self.modules():
             if isinstance(module, PatchedForward) and module.efficient_attn.host.causal:
                 layer_state(module, cache)
