@@ -21,6 +21,7 @@ from . import (
     infini,
     memory_compressed,
     funnel,
+    perceiver,
     mixture_of_heads,
     moe,
 )
