@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import DynamicCache
 
 from . import kernels
 
@@ -210,8 +211,10 @@ def measure_model(
     inference = cost(infer, lambda: None)
     cache = None
     if decodes:
+        filled = DynamicCache(config=model.config)
         with torch.no_grad(), autocast():
-            cache = cache_bytes(model(batch["input_ids"][:1], use_cache=True, logits_to_keep=1).past_key_values)
+            model(batch["input_ids"][:1], past_key_values=filled, use_cache=True, logits_to_keep=1)
+        cache = cache_bytes(filled)
     return ModelCost(size, length, train_step, inference, cache)
 
 

@@ -57,7 +57,7 @@ print(json.dumps(dict(model_type=type(model.config).model_type, model=type(model
 """
 
 CARD = "from huggingface_hub import ModelCard; ModelCard.load('card.md').push_to_hub('me/tiny')"
-PATCH = "import hf_efficient_attn; hf_efficient_attn.patch_model(model, 'linformer')"
+PATCH = "import hf_efficient_attn; hf_efficient_attn.patch_model(model, 'linformer', rank=4)"
 
 
 @pytest.fixture
