@@ -109,3 +109,49 @@ def test_nothing_in_common_fades_to_zero():
     assert (output[:, :, 3] == 0).all() and (output[:, :, 2] != 0).any()
     output.sum().backward()
     assert torch.isfinite(key.grad).all() and (query.grad[:, :, 3] == 0).all() and (query.grad[:, :, 2] != 0).any()
+
+
+def test_numerators_and_normalisers_are_handed_out():
+    features, args = maps(False), inputs(37, 0.5)
+    read, _ = chunked_scan.read_past(*args, features)
+    want, _ = linear_attention(*args, features, causal=True)
+    torch.testing.assert_close(read[..., :-1] / read[..., -1:], want, atol=1e-12, rtol=0)
+    phi_q, phi_k = features.query(args[0], *features.params), features.key(args[1], *features.params)
+    normaliser = (phi_q @ phi_k.repeat_interleave(HEADS // GROUPS, 1).mT).tril().sum(3)
+    torch.testing.assert_close(read[..., -1], normaliser, atol=1e-10, rtol=1e-12)
+    empty, sums = chunked_scan.read_past(*[x[:, :, :0] for x in args], features)
+    assert empty.shape == (2, HEADS, 0, WIDTH + 1) and (sums.total == 0).all()
+
+
+def test_a_mask_of_keys_and_a_number_of_keys_are_alike():
+    features, args, lengths = maps(False), inputs(37, 0.5), torch.tensor([37, 20])
+    mask = torch.arange(37) < lengths[:, None]
+    counted, _ = chunked_scan.read_past(*args, features, real=lengths)
+    masked, _ = chunked_scan.read_past(*args, features, real=mask)
+    torch.testing.assert_close(masked, counted, atol=0, rtol=0)
+    others, _ = chunked_scan.read_past(*args, features, real=~mask)
+    everything, _ = chunked_scan.read_past(*args, features)
+    torch.testing.assert_close(masked + others, everything, atol=1e-10, rtol=0)
+    assert (masked - everything)[1, :, 20:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("steepness", [0.1, 30.0])
+def test_weights_of_tokens(steepness):
+    """Up to e^600 apart within a chunk, which no float32 could hold side by side."""
+    features, args = maps(False), inputs(37, 0.5)
+    log_k = (steepness * torch.randn(2, GROUPS, 37, dtype=torch.float64).abs().cumsum(2)).requires_grad_()
+    log_q = -log_k.detach()
+    phi_q, phi_k = features.query(args[0], *features.params), features.key(args[1], *features.params)
+    logs = (phi_q @ phi_k.repeat_interleave(HEADS // GROUPS, 1).mT).log()
+    logs = logs + log_k.repeat_interleave(HEADS // GROUPS, 1)[:, :, None]
+    logs = logs.masked_fill(torch.ones(37, 37, dtype=torch.bool).triu(1), float("-inf"))
+    want = logs.softmax(-1) @ args[2].repeat_interleave(HEADS // GROUPS, 1)
+    weights = chunked_scan.Weights(log_q, log_k)
+    got, _ = linear_attention(*args, features, causal=True, weights=weights)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    leaves, slope = (*args, log_k, *features.params), torch.randn_like(got)
+    grads = [torch.autograd.grad((x * slope).sum(), leaves, retain_graph=True) for x in (got, want)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9 * max(theirs.abs().max().item(), 1), rtol=0)
+    plain, _ = linear_attention(*args, features, causal=True)
+    assert (plain - got).abs().max() > 1e-2

@@ -99,7 +99,7 @@ def test_tiles_see_what_they_say() -> None:
     query, key, value = (torch.randn(1, 1, n, 16, generator=g) for n in (3, 9, 9))
     far = [torch.randn(1, 1, 4, 16, generator=g) for _ in range(2)]
     bias = torch.tensor([[[0.5, float("-inf"), 9.0, 9.0]]])
-    got = range_attention(query, (key, value), far, bias, [Tile(0, 3, 3, 7, 2, 4)], scaling=0.3)
+    got = range_attention(query, (key, value), far, bias, [Tile(0, 3, 3, 7, 4, 2, 4)], scaling=0.3)
     for i in range(3):
         near = slice(3, 5 + i)
         logits = torch.cat([0.3 * key[0, 0, near] @ query[0, 0, i], 0.3 * far[0][0, 0, :1] @ query[0, 0, i] + 0.5])

@@ -1,9 +1,10 @@
 /*
- * Tiles of queries that each read a range of near keys and the first keys of a far list: ops/ranges.py on a CPU, float32.
+ * Tiles of queries that each read a range of near keys and the ends of a far list: ops/ranges.py on a CPU, float32.
  *
- * tiles: of each, six numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
- * number of far keys, and the near key that stands at the first query's position. Query begin + t sees near keys up to
- * that one + t. With r_i the log-sum-exp of a query's logits and b_j the bias of a far key:
+ * tiles: of each, seven numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
+ * near key that stands at the first query's position, the number of far keys at the begin of the list, and the first of
+ * those at its end. Query t of a tile sees near keys up to the one at its own position, of those before `limit`. With r_i
+ * the log-sum-exp of a query's logits and b_j the bias of a far key:
  *
  *     s_ij = scaling q_i k_j (+ b_j),    out_i = sum_j exp(s_ij - r_i) v_j.
  *
@@ -22,6 +23,14 @@ typedef struct {
     float *dkey, *dvalue, *dbias;
     long ks, vs, begin, end, diagonal; /* key `diagonal` stands at the first query's position */
 } Range;
+
+/* What a tile reads. */
+static void find(Range *ranges, const long *tile, long listed, long limit, Range near, Range far) {
+    ranges[0] = near, ranges[1] = ranges[2] = far;
+    ranges[0].begin = tile[2], ranges[0].end = tile[3] < limit ? tile[3] : limit, ranges[0].diagonal = tile[4];
+    ranges[1].end = ranges[1].diagonal = tile[5];
+    ranges[2].begin = tile[6], ranges[2].end = ranges[2].diagonal = listed;
+}
 
 /* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros where there is no query. */
 static void gather(const float *x, long stride, long m, long dim, float factor, float *out) {
@@ -60,18 +69,20 @@ static void logits(const Range *r, long begin, long n, long dim, const float *qt
 }
 
 void ranges_forward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
-                    const float *fv, const float *bias, const long *tiles, long count, long dim, float scaling,
+                    const float *fv, const float *bias, long listed, long limit, const long *tiles, long count,
+                    long dim, float scaling,
                     float *out, float *total) {
     static __thread float qt[MOST * T], ot[MOST * T], s[KEYS * T];
-    for (long l = 0; l < count; l++, tiles += 6) {
+    for (long l = 0; l < count; l++, tiles += 7) {
         long first = tiles[0], m = tiles[1] - first;
-        Range ranges[2] = {{k, v, 0, 0, 0, 0, sk, sv, tiles[2], tiles[3], tiles[5]},
-                           {fk, fv, bias, 0, 0, 0, dim, dim, 0, tiles[4], tiles[4]}};
+        Range ranges[3];
+        find(ranges, tiles, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv, 0, 0, 0},
+             (Range){fk, fv, bias, 0, 0, 0, dim, dim, 0, 0, 0});
         vec top[LANES], sum[LANES];
         gather(q + first * sq, sq, m, dim, scaling, qt);
         for (long i = 0; i < dim * T; i++) ot[i] = 0;
         for (int i = 0; i < LANES; i++) top[i] = (vec){0} + NOTHING, sum[i] = (vec){0};
-        for (const Range *r = ranges; r < ranges + 2; r++)
+        for (const Range *r = ranges; r < ranges + 3; r++)
             for (long begin = r->begin; begin < r->end; begin += KEYS) {
                 long n = r->end - begin < KEYS ? r->end - begin : KEYS;
                 logits(r, begin, n, dim, qt, s);
@@ -103,14 +114,16 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
 
 /* Rows of out and dq are dim apart, of dk and dv too; dbias gets T sums per key. dk, dv, dfk, dfv, dbias are added to. */
 void ranges_backward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
-                     const float *fv, const float *bias, const long *tiles, long count, long dim, float scaling,
+                     const float *fv, const float *bias, long listed, long limit, const long *tiles, long count,
+                    long dim, float scaling,
                      const float *out, const float *total, const float *grad, long sg, float *dq, float *dk, float *dv,
                      float *dfk, float *dfv, float *dbias) {
     static __thread float qt[MOST * T], gt[MOST * T], dqt[MOST * T], qs[MOST * T], s[KEYS * T], d[KEYS * T];
-    for (long l = 0; l < count; l++, tiles += 6) {
+    for (long l = 0; l < count; l++, tiles += 7) {
         long first = tiles[0], m = tiles[1] - first;
-        Range ranges[2] = {{k, v, 0, dk, dv, 0, sk, sv, tiles[2], tiles[3], tiles[5]},
-                           {fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, tiles[4], tiles[4]}};
+        Range ranges[3];
+        find(ranges, tiles, listed, limit, (Range){k, v, 0, dk, dv, 0, sk, sv, 0, 0, 0},
+             (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, 0, 0});
         const float *g = grad + first * sg;
         float lse[T], delta[T];
         gather(q + first * sq, sq, m, dim, scaling, qt);
@@ -126,7 +139,7 @@ void ranges_backward(const float *q, long sq, const float *k, long sk, const flo
             for (int u = 0; u < W; u++) delta[i] += sum[u];
         }
         for (long i = 0; i < dim * T; i++) dqt[i] = 0;
-        for (const Range *r = ranges; r < ranges + 2; r++)
+        for (const Range *r = ranges; r < ranges + 3; r++)
             for (long begin = r->begin; begin < r->end; begin += KEYS) {
                 long n = r->end - begin < KEYS ? r->end - begin : KEYS;
                 logits(r, begin, n, dim, qt, s);

@@ -15,6 +15,9 @@ stays within `REACH` / 2 of the running maximum of l(k): where the maximum leave
 and a chunk over which the maximum rises by more than `REACH` is cut in two. So each query meets, in the feature that
 matters most to it, a key whose weight is not lost in rounding, and its normaliser is never 0.
 
+Tokens of a decoder may have weights of their own (`Weights`), such as those of a gate that forgets: they are logarithms
+too, and the sums are relative to the running maximum of the keys' ones in the same way.
+
 Letters: B batch, H query heads, G key/value heads (G divides H), N tokens, D head size, m features, P = B G, C tokens
 of a chunk, R = H / G.
 """
@@ -22,7 +25,7 @@ of a chunk, R = H / G.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,10 +47,13 @@ class Features:
     of their own, which is overwritten where they are logarithmic. A decoder is fastest where token follows token in
     memory: where maps give the transpose of a contiguous (B, H, m, T). size: m.
     params: tensors that the maps use and that may need gradients.
+    tokens: None, or numbers of each token (B or 1, 1, N, E), whose piece (B or 1, 1, T, E) the maps get after x.
     logarithmic: the maps give log phi; what is the same for all features of a query cancels and may be left out.
-    floor: the smallest normaliser; below it the query and its keys have nothing in common and the output fades to 0.
-    pulls: (x, slope, *params) -> the gradient of x from that of what the map gave, for query and key, where no parameter
-    needs any. None leaves it to autograd, whose calls for each chunk take time.
+    floor: the smallest normaliser, of either sign; below it the query and its keys have nothing in common and the output
+        fades to 0.
+        None: a decoder is to give the sums that it read, as they are.
+    pulls: (x, [tokens,] slope, *params) -> the gradient of x from that of what the map gave, for query and key, where no
+    parameter needs any. None leaves it to autograd, whose calls for each chunk take time.
     """
 
     query: Callable[..., Tensor]
@@ -55,15 +61,28 @@ class Features:
     size: int
     params: tuple[Tensor, ...] = ()
     logarithmic: bool = False
-    floor: float = 1e-30
+    floor: float | None = 1e-30
     pulls: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    A decoder's key j counts exp(key_j) times, and what query t reads is multiplied by exp(query_t): (B, G, N) both, with
+    gradients. The latter changes nothing but what `Features.floor` is compared with. Not for logarithmic features.
+    """
+
+    query: Tensor
+    key: Tensor
 
 
 @dataclass(frozen=True)
 class Sums:
     """
     What a decoder remembers. total: (B, G, m, D + 1). top: (B, G, m), the largest log phi(k) of each feature, to which
-    `total` is relative; -inf before the first key, 0 where features are not logarithmic.
+    `total` is relative; -inf before the first key, 0 where features are not logarithmic. With `Weights` top is (B, G, 1),
+    the largest logarithm of a key's weight.
     """
 
     total: Tensor
@@ -79,11 +98,14 @@ def attend_linearly(
     causal: bool,
     lengths: Tensor | None,
     state: AttentionState | None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """`linear_attention` for a variant whose decoder state is the sums alone."""
     stored = {} if state is None else state.entries
     before = Sums(stored["total"], stored["top"]) if "total" in stored else None
-    output, after = linear_attention(query, key, value, features, causal=causal, lengths=lengths, before=before)
+    output, after = linear_attention(
+        query, key, value, features, causal=causal, lengths=lengths, before=before, weights=weights
+    )
     stored.update(total=after.total, top=after.top)
     return output
 
@@ -98,37 +120,73 @@ def linear_attention(
     causal: bool,
     lengths: Tensor | None = None,
     before: Sums | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Tensor, Sums]:
     """
     query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D), and the sums after the last real token.
 
     lengths: (B,) real tokens per row, the others behind them, or None. before: the sums that earlier calls of a decoder
-    left. Half precision is computed in float32. Gradients reach query, key, value, `features.params` and, in a decoder,
-    `before.total`.
+    left. Half precision is computed in float32. Gradients reach query, key, value, `features.params`, weights and, in a
+    decoder, `before.total`.
     """
+    accurate = torch.promote_types(query.dtype, torch.float32)
     if before is None:
-        accurate = torch.promote_types(query.dtype, torch.float32)
-        top = query.new_full((*key.shape[:2], features.size), NEVER if features.logarithmic else 0.0, dtype=accurate)
-        before = Sums(top.new_zeros(*top.shape, value.shape[3] + 1), top)
-    function = _Causal if causal else _Bidirectional
-    output, total, top = function.apply(
-        features, lengths, query, key, value, before.total, before.top, *features.params
-    )
+        top = query.new_zeros(*key.shape[:2], features.size if weights is None else 1, dtype=accurate)
+        total = top.new_zeros(*key.shape[:2], features.size, value.shape[3] + 1)
+        before = Sums(total, top.fill_(NEVER) if features.logarithmic or weights is not None else top)
+    if query.shape[2] == 0:
+        return before.total.new_zeros(*query.shape[:3], value.shape[3] + (features.floor is None)), before
+    tensors = query, key, value, before.total, before.top
+    if causal:
+        logs = (None, None) if weights is None else (weights.query.to(accurate), weights.key.to(accurate))
+        output, total, top = _Causal.apply(features, lengths, *tensors, *logs, *features.params)
+    else:
+        output, total, top = _Bidirectional.apply(features, lengths, *tensors, *features.params)
     return output, Sums(total, top)
+
+
+def read_past(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    features: Features,
+    *,
+    real: Tensor | None = None,
+    before: Sums | None = None,
+) -> tuple[Tensor, Sums]:
+    """
+    As `linear_attention` of a decoder, but numerator and normaliser are handed out side by side, (B, H, N, D + 1) in
+    float32 or better, to be joined with others. For features that are not logarithmic. N may be 0.
+
+    real: (B,) as `lengths`, or (B, N) bool, which keys there are.
+    """
+    features = replace(features, floor=None)
+    return linear_attention(query, key, value, features, causal=True, lengths=real, before=before)
+
+
+def project(x: Tensor, w: Tensor) -> Tensor:
+    """x (B, H, T, D), w (B or 1, G, m, D), each group's own -> w x (B, H, T, m); it stands in rows where G = H."""
+    tokens, x = x.shape[2], x.unflatten(1, (w.shape[1], -1)).flatten(2, 3)
+    return (w @ x.mT).mT.unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, features, lengths, query, key, value, total, top, *params):
+    def forward(ctx, features, lengths, query, key, value, total, top, log_q, log_k, *params):
         map_q, map_k = _maps(features, query, key, params, top.dtype)
-        output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
+        relative = features.logarithmic or log_k is not None
+        output = normaliser = None
+        if features.floor is not None:
+            output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
+        sums = query.new_empty(*query.shape[:3], value.shape[3] + 1, dtype=top.dtype) if output is None else None
         pending, places, states, references = _cuts(query.shape[2], CHUNK)[::-1], [], [], [top]
         while pending:
             place = pending.pop()
             raw, _ = map_k(place, lengths)
-            if features.logarithmic:
-                low, high = torch.maximum(top, raw[:, :, 0]), torch.maximum(top, raw.amax(2))
+            if relative:
+                logs = raw if features.logarithmic else _logs(log_k, place, lengths)
+                low, high = torch.maximum(top, logs[:, :, 0]), torch.maximum(top, logs.amax(2))
                 if not places or _rise(references[-1] - REACH / 2, high) > REACH:
                     if raw.shape[2] > 1 and _rise(low, high) > REACH:
                         pending += _halves(place)
@@ -139,54 +197,75 @@ class _Causal(torch.autograd.Function):
             if place.start % SPAN == 0:
                 states.append(total)
                 total = total.clone()
-            chunk = _Chunk.of(map_q(place)[0], raw, value, place, references[-1] if features.logarithmic else None)
-            _divide(chunk.read(total), features.floor, output[:, :, place], normaliser[:, :, place])
+            chunk = _Chunk.of(map_q(place)[0], raw, value, place, references[-1], features, log_q, log_k)
+            read = chunk.read(total)
+            if output is None:
+                sums[:, :, place] = read
+            else:
+                _divide(read, features.floor, output[:, :, place], normaliser[:, :, place])
             chunk.enter(total)
             places.append((place, len(references) - 1))
-        if features.logarithmic:
+        if relative:
             references.append(_finite(top))
             total = _rescale(total, *references[-2:])
         ctx.features, ctx.places = features, places
-        ctx.save_for_backward(query, key, value, output, normaliser, lengths, *params, *states, *references)
+        ctx.save_for_backward(
+            query, key, value, output, normaliser, lengths, log_q, log_k, *params, *states, *references
+        )
         ctx.mark_non_differentiable(top)
         ctx.set_materialize_grads(False)
-        return output, total, top
+        return sums if output is None else output, total, top
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad, grad_total, _):
-        features, (query, key, value, output, normaliser, lengths, *rest) = ctx.features, ctx.saved_tensors
+        features, (query, key, value, output, normaliser, lengths, log_q, log_k, *rest) = (
+            ctx.features,
+            ctx.saved_tensors,
+        )
         count, spans = len(features.params), _by_span(ctx.places)
         params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
-        map_q, map_k = _maps(features, query, key, params, normaliser.dtype, ctx.needs_input_grad[7:])
+        map_q, map_k = _maps(features, query, key, params, states[0].dtype, ctx.needs_input_grad[9:])
         grad_value = torch.empty_like(value)
-        grad = torch.zeros_like(output) if grad is None else grad
-        grad_total, latest = (
-            torch.zeros_like(states[0]) if grad_total is None else grad_total.clone(),
-            len(references) - 1,
-        )
+        of_log_q, of_log_k = (None if x is None else torch.empty_like(x) for x in (log_q, log_k))
+        if grad is None:
+            grad = query.new_zeros(*query.shape[:3], value.shape[3] + (output is None))
+        grad_total = torch.zeros_like(states[0]) if grad_total is None else grad_total.clone()
+        latest = len(references) - 1
         for span, total in zip(spans[::-1], states[::-1], strict=True):
             total, current, later = total.clone(), span[0][1], []
             for place, index in span:
                 if index != current:
                     total, current = _rescale(total, references[current], references[index]), index
                 (raw_q, pull_q), (raw_k, pull_k) = map_q(place), map_k(place, lengths)
-                reference = references[index] if features.logarithmic else None
-                chunk = _Chunk.of(raw_q, raw_k, value, place, reference)
-                slope = chunk.by_group(_of_quotient(grad, output, normaliser, features.floor, place))
-                of_read = chunk.of_weights(slope)
-                pull_q(chunk.of_query(slope, of_read, total))
+                chunk = _Chunk.of(raw_q, raw_k, value, place, references[index], features, log_q, log_k)
+                slope = grad[:, :, place]
+                if output is not None:
+                    slope = _of_quotient(grad, output, normaliser, features.floor, place)
+                if log_q is not None:
+                    read = torch.cat([output[:, :, place], torch.ones_like(output[:, :, place, :1])], 3)
+                    of_read = (slope * read).sum(3) * normaliser[:, :, place]
+                    of_log_q[:, :, place] = of_read.unflatten(1, (key.shape[1], -1)).sum(2)
+                    slope = chunk.times(slope)
+                slope = chunk.by_group(slope)
+                of_weights = chunk.of_weights(slope)
+                pull_q(chunk.of_query(slope, of_weights, total))
                 chunk.enter(total)
-                later.append((place, index, chunk, slope, of_read, pull_k))
-            for place, index, chunk, slope, of_read, pull_k in reversed(later):
+                later.append((place, index, chunk, slope, of_weights, pull_k))
+            for place, index, chunk, slope, of_weights, pull_k in reversed(later):
                 if index != latest:
                     grad_total, latest = _rescale(grad_total, references[index], references[latest]), index
-                grad_value[:, :, place] = chunk.of_value(slope, grad_total)
-                pull_k(chunk.of_key(of_read, grad_total))
+                of_value = chunk.of_value(slope, grad_total, log_k is not None)
+                if log_k is not None:
+                    of_log_k[:, :, place] = (of_value * chunk.value.view_as(of_value)).sum(3)
+                    of_value = of_value[..., :-1].mul_(chunk.key_weight)
+                grad_value[:, :, place] = of_value
+                pull_k(chunk.of_key(of_weights, grad_total))
                 chunk.leave(slope, grad_total)
-        if features.logarithmic:
+        if len(references) > 1:
             grad_total = _rescale(grad_total, references[0], references[latest])
-        return None, None, map_q.of_x, map_k.of_x, grad_value, grad_total, None, *map_q.of_params
+        grads = map_q.of_x, map_k.of_x, grad_value, grad_total, None, of_log_q, of_log_k
+        return None, None, *grads, *map_q.of_params
 
 
 @dataclass(frozen=True)
@@ -202,14 +281,26 @@ class _Chunk:
     value: Tensor
     shape: tuple[int, int, int]  # B, G, C
     logarithmic: bool
+    query_weight: Tensor | None = None  # (B, G, C, 1), of what is read
+    key_weight: Tensor | None = None  # alike, of `value`, where it is included
 
     @staticmethod
-    def of(raw_q: Tensor, raw_k: Tensor, value: Tensor, place: slice, reference: Tensor | None) -> _Chunk:
+    def of(raw_q, raw_k, value, place: slice, reference: Tensor, features: Features, log_q, log_k) -> _Chunk:
         batch, groups, size, _ = raw_k.shape
-        q = _group(_exp_query(raw_q, reference, groups), groups).flatten(0, 1).mT
-        k = _exp_key(raw_k, reference).flatten(0, 1).mT
-        value = _with_one(value, place, k.dtype).flatten(0, 1)
-        return _Chunk(q, k, value, (batch, groups, size), reference is not None)
+        center, weights = reference if features.logarithmic else None, (None, None)
+        q = _group(_exp_query(raw_q, center, groups), groups).flatten(0, 1).mT
+        k = _exp_key(raw_k, center).flatten(0, 1).mT
+        value = _with_one(value, place, k.dtype)
+        if log_k is not None:
+            weights = tuple((x[:, :, place] + r).exp()[..., None] for x, r in ((log_q, reference), (log_k, -reference)))
+            value.mul_(weights[1])
+        return _Chunk(q, k, value.flatten(0, 1), (batch, groups, size), features.logarithmic, *weights)
+
+    def times(self, x: Tensor) -> Tensor:
+        """Numbers of each query (B, H, C, E) times its weight."""
+        if self.query_weight is None:
+            return x
+        return (x.unflatten(1, (self.shape[1], -1)) * self.query_weight[:, :, None]).flatten(1, 2)
 
     def by_group(self, x: Tensor) -> Tensor:
         """(B, H, C, E) -> (P, R C, E)."""
@@ -223,7 +314,7 @@ class _Chunk:
     def read(self, total: Tensor) -> Tensor:
         """(B, H, C, D + 1)"""
         weights = _past(torch.bmm(self.q.mT, self.k))
-        return self.by_head(torch.bmm(weights, self.value).baddbmm_(self.q.mT, total.flatten(0, 1)))
+        return self.times(self.by_head(torch.bmm(weights, self.value).baddbmm_(self.q.mT, total.flatten(0, 1))))
 
     def enter(self, total: Tensor) -> None:
         """Adds the chunk's keys in place."""
@@ -247,10 +338,11 @@ class _Chunk:
         of_k = torch.bmm(self.q, of_weights).baddbmm_(grad_total.flatten(0, 1), self.value.mT)
         return self.by_head((of_k.mul_(self.k) if self.logarithmic else of_k).mT)
 
-    def of_value(self, slope: Tensor, grad_total: Tensor) -> Tensor:
-        """(B, G, C, D)"""
-        weights = _past(torch.bmm(self.q.mT, self.k)).mT
-        return self.by_head(torch.bmm(weights, slope[..., :-1]).baddbmm_(self.k.mT, grad_total.flatten(0, 1)[..., :-1]))
+    def of_value(self, slope: Tensor, grad_total: Tensor, ones: bool) -> Tensor:
+        """(B, G, C, D), or D + 1 with the column of ones."""
+        weights, width = _past(torch.bmm(self.q.mT, self.k)).mT, slope.shape[2] - (not ones)
+        of_value = torch.bmm(weights, slope[..., :width])
+        return self.by_head(of_value.baddbmm_(self.k.mT, grad_total.flatten(0, 1)[..., :width]))
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -306,9 +398,10 @@ class _Map:
     its gradient; what the pieces give is pulled back to the gradients `of_x` and `of_params`.
     """
 
-    def __init__(self, function, pull, x, params, accurate, logarithmic, of_params=None) -> None:
-        self.function, self.x, self.params, self.accurate, self.logarithmic = function, x, params, accurate, logarithmic
-        self.of_params, self.explicit = of_params, pull
+    def __init__(self, function, pull, x, features: Features, params, accurate, of_params=None) -> None:
+        self.function, self.explicit, self.x, self.params = function, pull, x, params
+        self.tokens, self.logarithmic, self.accurate = features.tokens, features.logarithmic, accurate
+        self.of_params = of_params
         if of_params is not None:
             self.of_x = torch.empty_like(x)
             pairs = zip(params, of_params, strict=True)
@@ -320,14 +413,15 @@ class _Map:
         with torch.set_grad_enabled(self.tracked):
             x = self.x[:, :, place].detach().requires_grad_(self.tracked)
             accurate = x.to(self.accurate)
-            given = self.function(accurate, *self.params)
+            tokens = () if self.tokens is None else (self.tokens[:, :, place],)
+            given = self.function(accurate, *tokens, *self.params)
         padded = None if lengths is None else _padded(lengths, place)
 
         def pull(slope: Tensor) -> None:
             if padded is not None:
                 slope = slope.masked_fill(padded, 0)
             if self.explicit is not None:
-                self.of_x[:, :, place] = self.explicit(accurate, slope, *self.params)
+                self.of_x[:, :, place] = self.explicit(accurate, *tokens, slope, *self.params)
                 return
             wanted = [x, *(p for p in self.params if p.requires_grad)]
             self.of_x[:, :, place], *found = torch.autograd.grad(given, wanted, slope, allow_unused=True)
@@ -345,7 +439,7 @@ def _maps(features: Features, query, key, params, accurate: torch.dtype, wanted=
     if wanted is not None:
         of_params = [torch.zeros_like(p) if want else None for p, want in zip(params, wanted, strict=True)]
     pull_q, pull_k = features.pulls or (None, None)
-    rest = params, accurate, features.logarithmic, of_params
+    rest = features, params, accurate, of_params
     return _Map(features.query, pull_q, query, *rest), _Map(features.key, pull_k, key, *rest)
 
 
@@ -384,8 +478,16 @@ def _finite(top: Tensor) -> Tensor:
 
 
 def _padded(lengths: Tensor, place: slice) -> Tensor:
-    """(B, 1, T, 1) bool, True = padding."""
+    """(B, 1, T, 1) bool, True = padding; lengths (B,) or, as a mask, (B, N)."""
+    if lengths.dtype is torch.bool:
+        return ~lengths[:, None, place, None]
     return (torch.arange(place.start, place.stop, device=lengths.device) >= lengths[:, None])[:, None, :, None]
+
+
+def _logs(log_k: Tensor, place: slice, lengths: Tensor | None) -> Tensor:
+    """(B, G, C, 1), -inf at padding."""
+    logs = log_k[:, :, place, None]
+    return logs if lengths is None else logs.masked_fill(_padded(lengths, place), NEVER)
 
 
 def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:
@@ -422,7 +524,8 @@ def _ungroup(x: Tensor, heads: int) -> Tensor:
 
 def _divide(read: Tensor, floor: float, output: Tensor, normaliser: Tensor) -> None:
     """Writes numerator / normaliser; read (B, H, T, D + 1)."""
-    torch.clamp_min(read[..., -1], floor, out=normaliser)
+    given = read[..., -1]
+    normaliser.copy_(torch.where(given < 0, given.clamp_max(-floor), given.clamp_min(floor)))
     output.copy_(read[..., :-1].div_(normaliser[..., None]))
 
 
@@ -432,5 +535,5 @@ def _of_quotient(grad: Tensor, output: Tensor, normaliser: Tensor, floor: float,
     slope = normaliser.new_empty(*normaliser.shape[:3], grad.shape[3] + 1)
     of_numerator = torch.div(grad[:, :, place], normaliser, out=slope[..., :-1])
     of_normaliser = (of_numerator * output[:, :, place]).sum(-1, keepdim=True).neg_()
-    slope[..., -1:] = of_normaliser.masked_fill_(normaliser <= floor, 0)
+    slope[..., -1:] = of_normaliser.masked_fill_(normaliser.abs() <= floor, 0)
     return slope

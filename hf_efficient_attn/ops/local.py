@@ -124,9 +124,17 @@ class Segments:
         """The oldest position that later tokens need when `count` have come, a multiple of `step`."""
         return count // self.block * self.block - self.before
 
+    def begin_of(self, t: Count) -> Count:
+        """The first position of t's exact part; below 0 where that is all of the past."""
+        return t // self.block * self.block - self.memory
+
+    def until(self, t: int) -> int:
+        """The first position after t whose exact part begins elsewhere."""
+        return (t // self.block + 1) * self.block
+
     def near(self, t: Tensor, j: Tensor) -> Tensor:
         """Whether j, which is not after t, belongs to t's exact part."""
-        return j >= t // self.block * self.block - self.memory
+        return j >= self.begin_of(t)
 
     def far_from(self, positions: int) -> int:
         """The first t whose exact part has none of positions 0..positions-1, nor has any later one."""
@@ -135,6 +143,36 @@ class Segments:
     def visible(self, t: Tensor, j: Tensor) -> Tensor:
         """What query t of a tile sees of its window; both are counted from the tile's first query."""
         return j <= t
+
+
+@dataclass(frozen=True)
+class Horizon(Segments):
+    """
+    Token t sees itself and what is before it, back to the start of the segment that holds token t - window + 1. `memory` is
+    what the first token of a segment sees before that.
+    """
+
+    window: int = 1
+
+    @staticmethod
+    def of(block: int, window: int) -> Horizon:
+        return Horizon(block, -(-(window - 1) // block) * block, window)
+
+    @property
+    def full(self) -> int:
+        return self.block + self.window - 1
+
+    def begin_of(self, t: Count) -> Count:
+        return (t - self.window + 1) // self.block * self.block
+
+    def until(self, t: int) -> int:
+        return self.begin_of(t) + self.block + self.window - 1
+
+    def far_from(self, positions: int) -> int:
+        return -(-positions // self.block) * self.block + self.window - 1
+
+    def visible(self, t: Tensor, j: Tensor) -> Tensor:
+        return (j <= t) & (j >= self.begin_of(t))
 
 
 @dataclass(frozen=True)

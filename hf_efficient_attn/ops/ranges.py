@@ -1,6 +1,6 @@
 """
-Softmax attention in which each tile of queries reads a range of near keys, up to its own positions, and the first keys of
-a far list, whose logits may have a bias:
+Softmax attention in which each tile of queries reads a range of near keys, up to its own positions, and the ends of a far
+list, whose logits may have a bias:
 
     out_i = sum_j exp(scaling q_i k_j + b_j - r_i) v_j,    r_i the log-sum-exp of the logits of query i.
 
@@ -12,7 +12,8 @@ Letters: B batch, H query heads, G key/value heads, N queries, S near keys, F fa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +27,17 @@ LANES = 16
 
 class Tile(NamedTuple):
     """
-    Queries first..last-1. Query first + t sees the near keys begin..min(diagonal + t, end - 1) and the far keys 0..far-1,
-    at least one in all.
+    Queries first..last-1. Query first + t sees the near keys begin..min(diagonal + t, end - 1) and the far keys 0..far-1 and
+    after.., at least one in all.
     """
 
     first: int
     last: int
     begin: int
     end: int
-    far: int
     diagonal: int
+    far: int
+    after: int
 
 
 def has_kernel(query: Tensor, dropout: float) -> bool:
@@ -54,78 +56,86 @@ def range_attention(
     tiles: list[Tile],
     *,
     lead: int = 0,
+    lengths: Tensor | None = None,
     scaling: float,
 ) -> Tensor:
     """
-    query (B, H, N, D) -> (B, H, N, D). near: key and value (B, G, S, D); far: key and value (B, G, F, D). The first `lead`
-    near keys stand before the far ones as if they were of them; bias broadcasts to (B, H, lead + F), and is -inf where no
-    query sees the key. The tiles cover each query once.
+    query (B, H, N, D) -> (B, H, N, D). near: key and value (B, G, S, D), of which row b has the first lengths[b]; far: key
+    and value (B, G or H, F, D). The first `lead` near keys stand before the far ones as if they were of them; bias
+    broadcasts to (B, H, lead + F), and is -inf where no query sees the key. The tiles cover each query once. A query that
+    sees nothing gets zeros.
     """
     bias = bias.to(query.dtype).expand(*query.shape[:2], -1)
-    return _Ranges.apply(kernels.load("ranges"), scaling, lead, torch.tensor(tiles), query, *near, *far, bias)
+    pieces = [
+        tile._replace(first=first, last=min(first + QUERIES, tile.last), diagonal=tile.diagonal + first - tile.first)
+        for tile in tiles
+        for first in range(tile.first, tile.last, QUERIES)
+    ]
+    limits = [near[0].shape[2]] * len(query) if lengths is None else lengths.tolist()
+    plan = _Plan(kernels.load("ranges"), torch.tensor(pieces), limits, lead, scaling)
+    return _Ranges.apply(plan, query, *near, *far, bias)
+
+
+class _Plan(NamedTuple):
+    library: Any
+    tiles: Tensor
+    limits: list[int]
+    lead: int
+    scaling: float
+
+    def run(self, function: Any, given: tuple[Tensor, ...], results: Callable[[int, int, int], tuple]) -> None:
+        """
+        The kernel for every query head h of every row b, with what results(b, g, h) adds to its arguments; the heads of one
+        key/value head g, whose gradients add up, in turn.
+        """
+        query, key, value, far_key, far_value, bias = given
+        (batch, heads), groups = query.shape[:2], key.shape[1]
+
+        def group(i: int) -> None:
+            b, g = divmod(i, groups)
+            for h in range(g * heads // groups, (g + 1) * heads // groups):
+                near = query[b, h], query.stride(2), key[b, g], key.stride(2), value[b, g], value.stride(2)
+                f = h * far_key.shape[1] // heads
+                far = far_key[b, f], far_value[b, f], bias[b, h], bias.shape[2]
+                rest = self.limits[b], self.tiles, len(self.tiles), query.shape[3], self.scaling
+                kernels.call(function, *near, *far, *rest, *results(b, g, h))
+
+        kernels.in_parallel(group, range(batch * groups))
 
 
 class _Ranges(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, library, scaling, lead, tiles, query, key, value, far_key, far_value, bias):
+    def forward(ctx, plan, query, key, value, far_key, far_value, bias):
         query, key, value = _rows(query), _rows(key), _rows(value)
-        far = [torch.cat([x[:, :, :lead], y], 2) for x, y in ((key, far_key), (value, far_value))]
+        far = [torch.cat([x[:, :, : plan.lead], y], 2) for x, y in ((key, far_key), (value, far_value))]
         given = query, key, value, *far, bias.contiguous()
         output, total = query.new_empty(query.shape), query.new_empty(query.shape[:3])
-
-        def job(b: int, g: int, h: int) -> None:
-            kernels.call(
-                library.ranges_forward, *_arguments(b, g, h, given), tiles, len(tiles), query.shape[3], scaling,
-                output[b, h], total[b, h],
-            )  # fmt: skip
-
-        _for_each_head(job, query, key)
-        ctx.library, ctx.scaling, ctx.lead = library, scaling, lead
-        ctx.save_for_backward(*given, tiles, output, total)
+        plan.run(plan.library.ranges_forward, given, lambda b, g, h: (output[b, h], total[b, h]))
+        ctx.plan = plan
+        ctx.save_for_backward(*given, output, total)
         return output
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad):
-        *given, tiles, output, total = ctx.saved_tensors
-        query, key, lead = given[0], given[1], ctx.lead
+        *given, output, total = ctx.saved_tensors
+        plan, query, bias = ctx.plan, given[0], given[5]
         grad, of_query = _rows(grad), query.new_empty(query.shape)
-        sums = [x.new_zeros(x.shape) for x in given[1:5]]
-        of_bias = query.new_zeros(*given[5].shape, LANES)
+        near, far = ([x.new_zeros(x.shape) for x in pair] for pair in (given[1:3], given[3:5]))
+        of_bias = query.new_zeros(*bias.shape, LANES)
 
-        def job(b: int, g: int, h: int) -> None:
-            kernels.call(
-                ctx.library.ranges_backward, *_arguments(b, g, h, given), tiles, len(tiles), query.shape[3], ctx.scaling,
-                output[b, h], total[b, h], grad[b, h], grad.stride(2), of_query[b, h], *(x[b, g] for x in sums),
-                of_bias[b, h],
-            )  # fmt: skip
+        def results(b: int, g: int, h: int) -> tuple:
+            f = h * far[0].shape[1] // query.shape[1]
+            sums = near[0][b, g], near[1][b, g], far[0][b, f], far[1][b, f], of_bias[b, h]
+            return output[b, h], total[b, h], grad[b, h], grad.stride(2), of_query[b, h], *sums
 
-        _for_each_head(job, query, key)
-        for near, far in zip(sums[:2], sums[2:], strict=True):
-            near[:, :, :lead] += far[:, :, :lead]
-        return None, None, None, None, of_query, *sums[:2], *(x[:, :, lead:] for x in sums[2:]), of_bias.sum(-1)
+        plan.run(plan.library.ranges_backward, given, results)
+        for x, y in zip(near, far, strict=True):
+            x[:, :, : plan.lead] += y[:, :, : plan.lead]
+        return None, of_query, *near, *(y[:, :, plan.lead :] for y in far), of_bias.sum(-1)
 
 
 def _rows(x: Tensor) -> Tensor:
     """x with its last axis contiguous."""
     return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _arguments(b: int, g: int, h: int, given: tuple[Tensor, ...]) -> tuple:
-    query, key, value, far_key, far_value, bias = given
-    near = query[b, h], query.stride(2), key[b, g], key.stride(2), value[b, g], value.stride(2)
-    return *near, far_key[b, g], far_value[b, g], bias[b, h]
-
-
-def _for_each_head(job, query: Tensor, key: Tensor) -> None:
-    """job(row, key/value head, query head) for all; the query heads of one key/value head, which add up, in turn."""
-    batch, groups = key.shape[:2]
-    share = query.shape[1] // groups
-
-    def group(i: int) -> None:
-        b, g = divmod(i, groups)
-        for h in range(g * share, (g + 1) * share):
-            job(b, g, h)
-
-    kernels.in_parallel(group, range(batch * groups))

@@ -15,15 +15,15 @@ from torch.nn.functional import linear
 
 class Router(nn.Module):
     """
-    hidden (..., E) -> logits (..., choices), without bias. Weights start normal with standard deviation 0.02, drawn from the
-    seed and the layer's number.
+    hidden (..., E) -> logits (..., choices), without bias. Weights start normal with standard deviation `deviation`, drawn
+    from the seed and the layer's number.
     """
 
-    def __init__(self, hidden_size: int, choices: int, *, seed: int, layer: int) -> None:
+    def __init__(self, hidden_size: int, choices: int, *, seed: int, layer: int, deviation: float = 0.02) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed + 1_000_003 * layer)
         start = torch.randn(choices, hidden_size, generator=generator, device=generator.device)
-        self.weight = nn.Parameter(0.02 * start)
+        self.weight = nn.Parameter(deviation * start)
 
     def forward(self, hidden: Tensor) -> Tensor:
         accurate = torch.promote_types(hidden.dtype, torch.float32)

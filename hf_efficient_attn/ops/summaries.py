@@ -16,7 +16,8 @@ segment, n segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +27,8 @@ from torch.nn.functional import pad
 from ..caching import AttentionState, Count, TokenStore, column, take
 from ..config import EfficientAttentionConfig, option
 from .joint import Part
-from .local import Context, Segments, local_decoder, reads_directly, remember
-from .ranges import QUERIES, Tile, has_kernel, range_attention
+from .local import Context, Horizon, Segments, local_decoder, reads_directly, remember
+from .ranges import Tile, has_kernel, range_attention
 
 
 @dataclass(kw_only=True)
@@ -103,30 +104,38 @@ def summary_decoder(
     summary: Summary,
     *,
     segment_size: int,
-    exact_segments: int,
+    exact_segments: int = 0,
+    window: int | None = None,
     num_sinks: int,
     bias: Tensor | None,
     lengths: Tensor | None,
     state: AttentionState | None,
     scaling: float,
     dropout: float = 0.0,
+    exact: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """
     query (B, H, N, D), key and value (B, G, N, D), compacted, `lengths` (B,) or None -> (B, H, N, D).
 
     bias: (H,), added to the logits of slots. state: what earlier calls left, or None; this call is added to it.
+    window: the exact part begins with the segment that holds token t - window + 1, instead of `exact_segments` before t's.
+    exact: what keys and values become where they are read exactly.
     """
     pattern = Segments(segment_size, exact_segments * segment_size)
+    if window is not None:
+        pattern = Horizon.of(segment_size, window)
     context = remember(state, key, value, pattern, num_sinks=num_sinks, lengths=lengths)
     slots = remember_slots(
         state, context, summary, key.shape[2], segment_size=segment_size, num_sinks=num_sinks, lengths=lengths
     )
+    if exact is not None:
+        key, value = exact(context.key, context.value)
+        sink_key, sink_value = exact(context.sink_key, context.sink_value)
+        context = replace(context, key=key, value=value, sink_key=sink_key, sink_value=sink_value)
     far = None
     if slots is not None:
         slots = slots[:2]
-        visible = _Visible(
-            summary, segment_size, exact_segments, num_sinks, query.shape[1], slots[0].shape[2], key.device
-        )
+        visible = _Visible(summary, pattern, num_sinks, query.shape[1], slots[0].shape[2], key.device)
         if _in_ranges(query, context, pattern, dropout):
             return _range_decoder(query, context, visible, slots, num_sinks=num_sinks, bias=bias, scaling=scaling)
 
@@ -153,14 +162,15 @@ def _range_decoder(
     scaling: float,
 ) -> Tensor:
     """As `local_decoder` with the slots as its far part: sinks, then slots, are the far list."""
-    b, first, sinks = visible.b, context.first, context.sink_key.shape[2]
+    pattern, first, sinks = visible.pattern, context.first, context.sink_key.shape[2]
     tiles, begin, end = [], first + context.new, first + context.new + query.shape[2]
-    for position in (p for segment in range(begin // b * b, end, b) for p in range(segment, segment + b, QUERIES)):
-        low, high = max(position, begin), min(position + QUERIES, position // b * b + b, end)
-        if low < high:
-            exact = max(position // b - visible.exact_segments, 0) * b
-            seen = exact if exact < num_sinks else num_sinks + exact // b * visible.slots
-            tiles.append(Tile(low - begin, high - begin, exact - first, high - first, seen, low - first))
+    low, listed = begin, sinks + visible.size
+    while low < end:
+        high = min(pattern.until(low), end)
+        exact = max(pattern.begin_of(low), 0)
+        seen = exact if exact < num_sinks else num_sinks + exact // pattern.block * visible.slots
+        tiles.append(Tile(low - begin, high - begin, exact - first, high - first, low - first, seen, listed))
+        low = high
     if first:  # the sinks are no longer among the keys of the context
         slots = torch.cat([context.sink_key, slots[0]], 2), torch.cat([context.sink_value, slots[1]], 2)
     added = query.new_zeros(query.shape[1]) if bias is None else bias
@@ -231,9 +241,9 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
 class _Visible:
     """Which slots queries see: those of segments before their exact part, unless a slot stands for nothing."""
 
-    def __init__(self, summary: Summary, b: int, exact_segments: int, num_sinks: int, heads: int, size: int, device):
-        self.b, self.exact_segments, self.slots, self.size = b, exact_segments, summary.slots, size
-        self.index = torch.arange(size, device=device)
+    def __init__(self, summary: Summary, pattern: Segments, num_sinks: int, heads: int, size: int, device):
+        self.pattern, self.slots, self.size = pattern, summary.slots, size
+        self.index, b = torch.arange(size, device=device), pattern.block
         self.exists = None
         if num_sinks:  # only a segment that holds sinks can lack a slot
             segments = -(-num_sinks // b)
@@ -246,10 +256,10 @@ class _Visible:
     def __call__(self, position: Count, begin: int, end: int) -> Tensor:
         """(B or 1, H or 1, end - begin, slots), for queries at position + begin.. ; a prefix where rows agree."""
         t = column(position) + torch.arange(begin, end, device=self.index.device)
-        seen = (t // self.b - self.exact_segments).clamp_min(0) * self.slots
+        seen = self.pattern.begin_of(t).clamp_min(0) // self.pattern.block * self.slots
         size = self.size
         if isinstance(position, int):
-            size = min(max((position + end - 1) // self.b - self.exact_segments, 0) * self.slots, size)
+            size = min(max(self.pattern.begin_of(position + end - 1), 0) // self.pattern.block * self.slots, size)
         mask = (self.index[:size] < seen[..., None])[..., None, :, :]
         mask = mask if mask.ndim == 4 else mask[None]
         return mask if self.exists is None else mask & self.exists[..., :size]

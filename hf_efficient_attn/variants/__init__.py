@@ -16,6 +16,9 @@ from . import (
     linformer,
     linear,
     performer,
+    rfa,
+    cosformer,
+    hedgehog,
     transformer_xl,
     compressive,
     infini,
@@ -23,5 +26,6 @@ from . import (
     funnel,
     perceiver,
     mixture_of_heads,
+    mixture_of_depths,
     moe,
 )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..caching import AttentionState
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, attend_linearly
+from ..ops.chunked_scan import Features, attend_linearly, project
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 
@@ -109,7 +109,7 @@ class PerformerAttention(EfficientAttention):
 
     def _softmax(self, directions: Tensor, scaling: float, batch: int) -> Features:
         def key(x: Tensor, w: Tensor) -> Tensor:
-            raw = _project(x, w)
+            raw = project(x, w)
             raw.mT.sub_(scaling / 2 * x.square().sum(-1)[:, :, None])
             return raw
 
@@ -117,11 +117,11 @@ class PerformerAttention(EfficientAttention):
             return _pull(x, slope, w).addcmul_(x, slope.sum(-1, keepdim=True), value=-scaling)
 
         w = (directions * math.sqrt(scaling)).expand(batch, -1, -1, -1).contiguous()  # |q|^2 cancels
-        return Features(_project, key, directions.shape[1], (w,), logarithmic=True, pulls=(_pull, pull_key))
+        return Features(project, key, directions.shape[1], (w,), logarithmic=True, pulls=(_pull, pull_key))
 
     def _relu(self, directions: Tensor) -> Features:
         def both(x: Tensor, w: Tensor) -> Tensor:
-            return _project(x, w).relu()
+            return project(x, w).relu()
 
         size = directions.shape[1]
         return Features(both, both, size, (directions[None] / math.sqrt(size),), floor=1e-6)
@@ -154,14 +154,8 @@ class PerformerAttention(EfficientAttention):
         output.register_hook(arrived)
 
 
-def _project(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, H, T, D), w (B or 1, G, m, D) -> (B, H, T, m), each query head by its key/value head's directions."""
-    tokens, x = x.shape[2], x.unflatten(1, (w.shape[1], -1)).flatten(2, 3)
-    return (w @ x.mT).mT.unflatten(2, (-1, tokens)).flatten(1, 2)
-
-
 def _pull(x: Tensor, slope: Tensor, w: Tensor) -> Tensor:
-    """The gradient of `_project` by x."""
+    """The gradient of `project` by x."""
     return (slope.unflatten(1, (w.shape[1], -1)).flatten(2, 3) @ w).view_as(x)
 
 

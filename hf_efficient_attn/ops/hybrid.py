@@ -1,0 +1,158 @@
+"""
+A window read exactly, joined with the sums of a feature map over what lies outside (Zhang et al. 2025, LoLCATs,
+arXiv:2410.10254): with logits a_ij of the near keys j, c_i their largest, and a gate s in (0, 1) per head,
+
+    out_i = (s sum_j exp(a_ij - c_i) v_j + numerator_i) / (s sum_j exp(a_ij - c_i) + normaliser_i).
+
+Numerator and normaliser of the far keys come from `chunked_scan.read_past`. Other than in a softmax, c does not cancel:
+it has a gradient. Queries are taken a tile at a time, forward and again backward, so that memory is linear in N.
+
+Letters: B batch, H query heads, G key/value heads, N queries, D head size, P = B G, T queries of a tile, R = H / G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..caching import Count
+from .precision import without_autocast
+
+TILE = 32, 128  # queries per tile, fewest and most: fewer read less in vain, more make better use of a product
+FLOOR = 1e-30  # smallest normaliser, for a query that sees nothing
+
+
+@dataclass(frozen=True)
+class Window:
+    """
+    Query i stands at position first + back + i and sees slots i..i + back + ahead of the keys, of which slot s holds
+    position first + s; those at positions 0..end-1 exist. `sinks` further keys hold positions 0..sinks-1 and are seen
+    where they lie before the window. first, end: int or (B,).
+    """
+
+    back: int
+    ahead: int
+    first: Count
+    end: Count
+    sinks: int = 0
+
+    def mask(self, begin: int, size: int, device: torch.device) -> Tensor:
+        """(B or 1, 1, size, sinks + size + back + ahead) bool: what queries begin..begin+size-1 see."""
+        first, end = (torch.as_tensor(x, device=device).reshape(-1, 1, 1) for x in (self.first, self.end))
+        i, j = (torch.arange(n, device=device) for n in (size, size + self.back + self.ahead))
+        position, offset = first + begin + j, j - i[:, None]
+        window = (offset >= 0) & (offset <= self.back + self.ahead) & (position >= 0) & (position < end)
+        sinks = torch.arange(self.sinks, device=device) < first + begin + i[:, None]
+        batch = max(len(window), len(sinks))
+        return torch.cat([sinks.expand(batch, -1, -1), window.expand(batch, -1, -1)], 2)[:, None]
+
+
+def window_and_sums(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    gate: Tensor,
+    far: Tensor,
+    *,
+    sinks: tuple[Tensor, Tensor],
+    scaling: float,
+) -> Tensor:
+    """
+    query (B, H, N, D), key and value (B, G, back + N + ahead, D) -> (B, H, N, D).
+
+    gate: (H,). far: (B, H, N, D + 1), numerator and normaliser in float32 or better. sinks: key and value of the first
+    `window.sinks` positions, (B, G, sinks, D).
+    """
+    tile = min(max(window.back + window.ahead + 1, TILE[0]), TILE[1], query.shape[2])
+    rest = -query.shape[2] % tile
+    if rest:
+        query, key, value, far = (pad(x, (0, 0, 0, rest)) for x in (query, key, value, far))
+    output = _Hybrid.apply(window, tile, scaling, query, key, value, *sinks, gate.to(far.dtype), far)
+    return output[:, :, : output.shape[2] - rest] if rest else output
+
+
+class _Hybrid(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx, window, tile, scaling, query, key, value, sink_key, sink_value, gate, far):
+        output, normaliser = torch.empty_like(query), far.new_empty(far.shape[:3])
+        for begin in range(0, query.shape[2], tile):
+            near = _Tile.of(window, begin, tile, scaling, far.dtype, query, key, value, sink_key, sink_value)
+            read = _by_head(torch.bmm(near.weights, near.value), far.shape[1], tile)
+            queries = slice(begin, begin + tile)
+            read = torch.addcmul(far[:, :, queries], read, gate[:, None, None])
+            torch.clamp_min(read[..., -1], FLOOR, out=normaliser[:, :, queries])
+            output[:, :, queries] = read[..., :-1].div_(normaliser[:, :, queries, None])
+        ctx.options = window, tile, scaling
+        ctx.save_for_backward(query, key, value, sink_key, sink_value, gate, output, normaliser)
+        return output
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad):
+        window, tile, scaling = ctx.options
+        query, key, value, sink_key, sink_value, gate, output, normaliser = ctx.saved_tensors
+        inputs, dtype = (query, key, value, sink_key, sink_value), gate.dtype
+        of_query, of_far = torch.empty_like(query), gate.new_empty(*query.shape[:3], query.shape[3] + 1)
+        of_key, of_value, of_sink_key, of_sink_value = (torch.zeros_like(x, dtype=dtype) for x in inputs[1:])
+        of_gate, sinks, groups = torch.zeros_like(gate), window.sinks, key.shape[1]
+        for begin in range(0, query.shape[2], tile):
+            near = _Tile.of(window, begin, tile, scaling, dtype, *inputs)
+            queries, slots = slice(begin, begin + tile), slice(begin, begin + tile + window.back + window.ahead)
+            slope = of_far[:, :, queries]
+            of_numerator = torch.div(grad[:, :, queries], normaliser[:, :, queries, None], out=slope[..., :-1])
+            slope[..., -1] = (of_numerator * output[:, :, queries]).sum(-1).neg_()
+            slope[..., -1].masked_fill_(normaliser[:, :, queries] <= FLOOR, 0)
+            gated = _by_group(slope * gate[:, None, None], groups)
+            of_logits = torch.bmm(gated, near.value.mT).mul_(near.weights)
+            of_weights = of_logits.sum(-1, keepdim=True)
+            of_gate += _by_head(of_weights, len(gate), tile).sum((0, 2, 3)).div_(gate)
+            of_logits.scatter_add_(-1, near.weights.argmax(-1, keepdim=True), -of_weights)  # c, subtracted everywhere
+            of_query[:, :, queries] = _by_head(torch.bmm(of_logits, near.key), len(gate), tile).mul_(scaling)
+            dk, dv = torch.bmm(of_logits.mT, near.query), torch.bmm(near.weights.mT, gated)[..., :-1]
+            for x, of_window, of_sinks in ((dk, of_key, of_sink_key), (dv, of_value, of_sink_value)):
+                x = x.unflatten(0, key.shape[:2])
+                of_sinks += x[:, :, :sinks]
+                of_window[:, :, slots] += x[:, :, sinks:]
+        grads = of_query, of_key, of_value, of_sink_key, of_sink_value
+        return None, None, None, *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), of_gate, of_far
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """
+    query (P, R T, D) times `scaling`; key (P, L, D), sinks first; value (P, L, D + 1), ones behind; weights (P, R T, L).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(window, begin, tile, scaling, dtype, query, key, value, sink_key, sink_value) -> _Tile:
+        (batch, groups), slots = key.shape[:2], slice(begin, begin + tile + window.back + window.ahead)
+        key, value = (
+            torch.cat([s, x[:, :, slots]], 2).to(dtype).flatten(0, 1) for s, x in ((sink_key, key), (sink_value, value))
+        )
+        query = _by_group(query[:, :, begin : begin + tile].to(dtype) * scaling, groups)
+        weights = torch.bmm(query, key.mT)
+        mask = window.mask(begin, tile, key.device)
+        weights.view(batch, -1, tile, key.shape[1]).masked_fill_(~mask, float("-inf"))
+        largest = weights.amax(-1, keepdim=True)
+        weights.sub_(largest.masked_fill_(largest == float("-inf"), 0)).exp_()
+        return _Tile(query, key, pad(value, (0, 1), value=1.0), weights)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, H, T, E) -> (P, R T, E)."""
+    return x.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)
+
+
+def _by_head(x: Tensor, heads: int, tile: int) -> Tensor:
+    """Inverse of `_by_group`."""
+    return x.reshape(-1, heads, tile, x.shape[2])

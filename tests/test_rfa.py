@@ -1,0 +1,94 @@
+"""rfa: its directions, the convergence of the estimate, and the gate."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_efficient_attn.registry import build
+from hf_efficient_attn.variant import HostShape
+from hf_efficient_attn.variants.rfa import RfaConfig
+
+
+def make(causal=True, heads=2, dim=8, layer=0, **fields):
+    return build(RfaConfig(**fields), HostShape(heads, heads, dim, heads * dim, causal, layer=layer, num_layers=2))
+
+
+def test_directions_depend_on_seed_layer_and_head_and_survive_a_cast():
+    directions = make(num_features=400).directions
+    assert directions.shape == (2, 200, 8) and torch.equal(directions, make(num_features=400).directions)
+    assert abs(directions.mean()) < 0.06 and abs(directions.std() - 1) < 0.06
+    others = [make(num_features=400, seed=1), make(num_features=400, layer=1)]
+    assert all((x.directions != directions).any() for x in others) and (directions[0] != directions[1]).any()
+    assert torch.equal(directions.bfloat16().float(), directions)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_converges_to_the_softmax_of_normalised_keys_as_one_over_root_m(causal):
+    torch.manual_seed(0)
+    args = [torch.randn(2, 8, 64, 16) for _ in range(3)]
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in args[:2]]
+    dense = torch.nn.functional.scaled_dot_product_attention(*unit, args[2], is_causal=causal, scale=1.0)
+    errors = []
+    for m in (128, 2048, 32768):
+        got = make(causal, heads=8, dim=16, num_features=m)(*args, scaling=0.3, causal=causal)
+        errors.append((got - dense).square().mean().sqrt())
+    assert errors[2] < 0.05 * dense.std()
+    for fewer, more in itertools.pairwise(errors):
+        assert 2.5 < fewer / more < 6.5  # sixteen times the features: a quarter of the error
+
+
+def test_an_odd_number_of_features_raises():
+    with pytest.raises(ValueError, match="num_features = 7"):
+        RfaConfig(num_features=7)
+    assert RfaConfig(num_features=8).num_features == 8
+
+
+def test_the_gate_starts_near_one_and_belongs_to_decoders():
+    module, hidden = make(gate=True), torch.randn(1, 5, 16)
+    assert module.needs_hidden and not make(gate=False).needs_hidden and not make(False, gate=True).needs_hidden
+    assert torch.allclose(module.gate(hidden).sigmoid(), torch.tensor(0.99753), atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [-6.0, 0.0, 6.0])
+def test_the_gate_is_its_recurrence_over_many_tokens(bias):
+    """In float32, over a length at which the product of all gates underflows."""
+    module, n = make(gate=True, num_features=16), 700
+    with torch.no_grad():
+        module.gate.bias.fill_(bias)
+        module.gate.weight.normal_(0, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(1, 2, n, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    hidden = torch.randn(1, n, 16, generator=generator)
+    output = module(*args, scaling=1.0, causal=True, hidden=hidden)
+    output.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (*args, *module.parameters()))
+    module, (query, key, value) = module.double(), (x.detach().double() for x in args)
+    gates = module.gate(hidden.double()).sigmoid()[0].T  # (G, N)
+
+    def phi(x):
+        u = torch.nn.functional.normalize(x, dim=-1)[0] @ module.directions.mT
+        return torch.cat([u.sin(), u.cos()], -1) / 8**0.5
+
+    phi_q, phi_k, total, count, rows = phi(query), phi(key), 0, 0, []
+    for t in range(n):
+        left, new = gates[:, t], 1 - gates[:, t]
+        row = torch.cat([value[0, :, t], torch.ones(2, 1, dtype=torch.float64)], 1)
+        total = left[:, None, None] * total + new[:, None, None] * phi_k[:, t, :, None] * row[:, None]
+        count = left * count + new
+        read = (phi_q[:, t, None] @ total)[:, 0] / count[:, None]
+        rows.append(read[:, :-1] / torch.where(read[:, -1:] < 0, -1, 1) / read[:, -1:].abs().clamp_min(0.01))
+    torch.testing.assert_close(output[0].double(), torch.stack(rows, 1), atol=2e-3, rtol=1e-3)
+
+
+def test_a_closed_gate_forgets():
+    args, hidden = [torch.randn(1, 2, 30, 8) for _ in range(3)], torch.randn(1, 30, 16)
+    moved = [args[0], args[1], args[2].clone()]
+    moved[2][:, :, 0] += 1
+    changes = []
+    for bias in (0.0, 6.0):
+        module = make(gate=True)
+        torch.nn.init.constant_(module.gate.bias, bias)
+        outputs = [module(*x, scaling=1.0, causal=True, hidden=hidden)[:, :, -1] for x in (args, moved)]
+        changes.append((outputs[0] - outputs[1]).abs().max())
+    assert changes[0] < 1e-5 < 1e-3 < changes[1]
