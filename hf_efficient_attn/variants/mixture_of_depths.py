@@ -15,8 +15,9 @@ feed-forward together, in models trained so from the start: here it is the atten
 is 1, with the gradient of p, so that a chosen token gets what the pretrained layer gave.
 
 Cost: N^2 capacity^2. State: keys and values of the tokens that went through, O(capacity N). Dense limit: capacity 1 (the
-threshold is -inf). New: the router, drawn from `seed` so that inputs of variance 1 have logits of variance 1; the threshold starts
-at their quantile. Of a pretrained layer the patched one leaves out what the skipped tokens said and were told.
+threshold is -inf). New: the router, drawn from `seed` so that inputs of variance 1 have logits of variance 1, and the
+threshold, which starts at the quantile of such logits. Of a pretrained layer the patched one leaves out what the skipped
+tokens said and were told.
 """
 
 from __future__ import annotations
