@@ -30,36 +30,22 @@ INLINE void tile(int m, int nv, long depth, const float *a, long ar, long ak, co
         for (int j = 0; j < nv; j++) *(vec *)(c + i * ldc + j * W) = sum[i][j];
 }
 
+/* The same for any m; nv is a constant of the caller. */
+INLINE void strip(long m, int nv, long depth, const float *a, long ar, long ak, const float *b, long ldb, float *c,
+                  long ldc, int add) {
+    long i = 0;
+    for (; m - i >= 6; i += 6) tile(6, nv, depth, a + i * ar, ar, ak, b, ldb, c + i * ldc, ldc, add);
+    if (m - i >= 4) tile(4, nv, depth, a + i * ar, ar, ak, b, ldb, c + i * ldc, ldc, add), i += 4;
+    if (m - i >= 2) tile(2, nv, depth, a + i * ar, ar, ak, b, ldb, c + i * ldc, ldc, add), i += 2;
+    if (m - i >= 1) tile(1, nv, depth, a + i * ar, ar, ak, b, ldb, c + i * ldc, ldc, add);
+}
+
 /* c (m, n) = or += a (m, depth) b (depth, n); n is a multiple of 16, a is read at i ar + p ak. */
 static void product(long m, long n, long depth, const float *a, long ar, long ak, const float *b, long ldb, float *c,
                     long ldc, int add) {
-    for (long j = 0; j < n; j += 4 * W) {
-        long wide = n - j >= 4 * W;
-        for (long i = 0; i < m;) {
-            const float *ai = a + i * ar, *bj = b + j;
-            float *ci = c + i * ldc + j;
-            if (wide && m - i >= 6) {
-                tile(6, 4, depth, ai, ar, ak, bj, ldb, ci, ldc, add);
-                i += 6;
-                continue;
-            }
-            if (wide && m - i >= 4) {
-                tile(4, 4, depth, ai, ar, ak, bj, ldb, ci, ldc, add);
-                i += 4;
-                continue;
-            }
-            if (wide && m - i >= 2) {
-                tile(2, 4, depth, ai, ar, ak, bj, ldb, ci, ldc, add);
-                i += 2;
-                continue;
-            }
-            if (wide)
-                tile(1, 4, depth, ai, ar, ak, bj, ldb, ci, ldc, add);
-            else
-                for (long u = 0; u < n - j; u += W) tile(1, 1, depth, ai, ar, ak, bj + u, ldb, ci + u, ldc, add);
-            i += 1;
-        }
-    }
+    for (; n >= 4 * W; n -= 4 * W, b += 4 * W, c += 4 * W) strip(m, 4, depth, a, ar, ak, b, ldb, c, ldc, add);
+    if (n >= 2 * W) strip(m, 2, depth, a, ar, ak, b, ldb, c, ldc, add), n -= 2 * W, b += 2 * W, c += 2 * W;
+    if (n >= W) strip(m, 1, depth, a, ar, ak, b, ldb, c, ldc, add);
 }
 
 /* exp(x), relative error below 2e-7; 0 below -87. */

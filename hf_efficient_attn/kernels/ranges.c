@@ -8,13 +8,13 @@
  *
  *     s_ij = scaling q_i k_j (+ b_j),    out_i = sum_j exp(s_ij - r_i) v_j.
  *
- * Everything of a tile is held transposed, with the queries side by side: neither keys nor values need to be turned, and
+ * Vectors hold the queries of a tile, as many as are needed for them (`wide`, a multiple of 16). Everything of a tile is held transposed, with the queries side by side: neither keys nor values need to be turned, and
  * maxima and sums over keys are plain vector operations. Rows of q, k, v, grad are D floats, sq, sk, sv, sg apart.
  */
 
 #include "arithmetic.h"
 
-enum { T = 64, KEYS = 128, LANES = T / W };
+enum { T = 64, KEYS = 128 };
 
 #define NOTHING (-__builtin_inff())
 
@@ -32,9 +32,9 @@ static void find(Range *ranges, const long *tile, long listed, long limit, Range
     ranges[2].begin = tile[6], ranges[2].end = ranges[2].diagonal = listed;
 }
 
-/* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros where there is no query. */
+/* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros up to the next multiple of 16. */
 static void gather(const float *x, long stride, long m, long dim, float factor, float *out) {
-    for (long i = 0; i < T; i += W)
+    for (long i = 0; i < m; i += W)
         for (long p = 0; p < dim; p += W) {
             vec square[W];
             for (long u = 0; u < W; u++) {
@@ -57,14 +57,14 @@ static void scatter(const float *x, long m, long dim, float *out) {
         }
 }
 
-/* Logits (n, T) of keys begin.. of a range. */
-static void logits(const Range *r, long begin, long n, long dim, const float *qt, float *s) {
-    product(n, T, dim, r->key + begin * r->ks, r->ks, 1, qt, T, s, T, 0);
+/* Logits (n, T), of which the first `wide` columns, of keys begin.. of a range. */
+static void logits(const Range *r, long begin, long n, long wide, long dim, const float *qt, float *s) {
+    product(n, wide, dim, r->key + begin * r->ks, r->ks, 1, qt, T, s, T, 0);
     for (long j = 0; j < n; j++) {
         float *row = s + j * T;
         if (r->bias)
-            for (long i = 0; i < T; i += W) *(vec *)(row + i) += r->bias[begin + j];
-        for (long i = 0; i < begin + j - r->diagonal && i < T; i++) row[i] = NOTHING;
+            for (long i = 0; i < wide; i += W) *(vec *)(row + i) += r->bias[begin + j];
+        for (long i = 0; i < begin + j - r->diagonal && i < wide; i++) row[i] = NOTHING;
     }
 }
 
@@ -74,19 +74,19 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
                     float *out, float *total) {
     static __thread float qt[MOST * T], ot[MOST * T], s[KEYS * T];
     for (long l = 0; l < count; l++, tiles += 7) {
-        long first = tiles[0], m = tiles[1] - first;
+        long first = tiles[0], m = tiles[1] - first, wide = (m + W - 1) / W * W;
         Range ranges[3];
         find(ranges, tiles, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv, 0, 0, 0},
              (Range){fk, fv, bias, 0, 0, 0, dim, dim, 0, 0, 0});
-        vec top[LANES], sum[LANES];
+        vec top[T / W], sum[T / W];
         gather(q + first * sq, sq, m, dim, scaling, qt);
         for (long i = 0; i < dim * T; i++) ot[i] = 0;
-        for (int i = 0; i < LANES; i++) top[i] = (vec){0} + NOTHING, sum[i] = (vec){0};
+        for (int i = 0; i < T / W; i++) top[i] = (vec){0} + NOTHING, sum[i] = (vec){0};
         for (const Range *r = ranges; r < ranges + 3; r++)
             for (long begin = r->begin; begin < r->end; begin += KEYS) {
                 long n = r->end - begin < KEYS ? r->end - begin : KEYS;
-                logits(r, begin, n, dim, qt, s);
-                for (int i = 0; i < LANES; i++) {
+                logits(r, begin, n, wide, dim, qt, s);
+                for (long i = 0; i < wide / W; i++) {
                     vec high = top[i], weight = {0};
                     for (long j = 0; j < n; j++) high = larger(high, *(vec *)(s + j * T + i * W));
                     vec reference = larger(high, (vec){0} - 1e30f); /* finite where nothing is seen */
@@ -100,9 +100,9 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
                     top[i] = high;
                     for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= factor;
                 }
-                product(dim, T, n, r->value + begin * r->vs, 1, r->vs, s, T, ot, T, 1);
+                product(dim, wide, n, r->value + begin * r->vs, 1, r->vs, s, T, ot, T, 1);
             }
-        for (int i = 0; i < LANES; i++) {
+        for (long i = 0; i < wide / W; i++) {
             vec inverse = 1.0f / larger(sum[i], (vec){0} + 1e-30f);
             for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= inverse;
             for (long u = 0; u < W && i * W + u < m; u++)
@@ -120,7 +120,7 @@ void ranges_backward(const float *q, long sq, const float *k, long sk, const flo
                      float *dfk, float *dfv, float *dbias) {
     static __thread float qt[MOST * T], gt[MOST * T], dqt[MOST * T], qs[MOST * T], s[KEYS * T], d[KEYS * T];
     for (long l = 0; l < count; l++, tiles += 7) {
-        long first = tiles[0], m = tiles[1] - first;
+        long first = tiles[0], m = tiles[1] - first, wide = (m + W - 1) / W * W;
         Range ranges[3];
         find(ranges, tiles, listed, limit, (Range){k, v, 0, dk, dv, 0, sk, sv, 0, 0, 0},
              (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, 0, 0});
@@ -142,11 +142,11 @@ void ranges_backward(const float *q, long sq, const float *k, long sk, const flo
         for (const Range *r = ranges; r < ranges + 3; r++)
             for (long begin = r->begin; begin < r->end; begin += KEYS) {
                 long n = r->end - begin < KEYS ? r->end - begin : KEYS;
-                logits(r, begin, n, dim, qt, s);
-                product(n, T, dim, r->value + begin * r->vs, r->vs, 1, gt, T, d, T, 0);
+                logits(r, begin, n, wide, dim, qt, s);
+                product(n, wide, dim, r->value + begin * r->vs, r->vs, 1, gt, T, d, T, 0);
                 for (long j = 0; j < n; j++) {
                     vec sum = {0};
-                    for (long i = 0; i < T; i += W) {
+                    for (long i = 0; i < wide; i += W) {
                         vec *at = (vec *)(s + j * T + i), *slope = (vec *)(d + j * T + i);
                         *at = exponential(*at - *(vec *)(lse + i));
                         *slope = (*slope - *(vec *)(delta + i)) * *at;
@@ -156,7 +156,7 @@ void ranges_backward(const float *q, long sq, const float *k, long sk, const flo
                 }
                 product(n, dim, m, s, T, 1, g, sg, r->dvalue + begin * dim, dim, 1);
                 product(n, dim, m, d, T, 1, qs, dim, r->dkey + begin * dim, dim, 1);
-                product(dim, T, n, r->key + begin * r->ks, 1, r->ks, d, T, dqt, T, 1);
+                product(dim, wide, n, r->key + begin * r->ks, 1, r->ks, d, T, dqt, T, 1);
             }
         for (long i = 0; i < dim * T; i++) dqt[i] *= scaling;
         scatter(dqt, m, dim, dq + first * dim);

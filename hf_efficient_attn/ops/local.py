@@ -168,6 +168,10 @@ class Horizon(Segments):
     def until(self, t: int) -> int:
         return self.begin_of(t) + self.block + self.window - 1
 
+    def end_of(self, t: Count) -> Count:
+        """One past what t sees in an encoder: to the end of the segment that holds token t + window - 1."""
+        return ((t + self.window - 1) // self.block + 1) * self.block
+
     def far_from(self, positions: int) -> int:
         return -(-positions // self.block) * self.block + self.window - 1
 
@@ -484,6 +488,56 @@ def _used(key: Tensor, lengths: Tensor | None, blocks: Blocks, back: int, ahead:
         return None
     used = torch.arange(key.shape[2], device=key.device) < lengths[:, None]
     return blocks.windows(used[:, None, :, None], back, ahead)[:, :, None, :, 0]
+
+
+@torch.compiler.disable
+def horizon_encoder(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Horizon,
+    *,
+    lengths: Tensor | None,
+    far: Part,
+    **options,
+) -> Tensor:
+    """
+    Token t sees begin_of(t)..end_of(t)-1 and `far`, a part that joins them, for more tokens than a window has. query
+    (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D).
+    """
+    batch, n, b, reach = *key.shape[0::2], pattern.block, pattern.memory
+    tile, first = max(TILE[1] // b, 1) * b, min(reach, n)
+    inner = max(n - reach - first, 0) // tile * tile
+    zones = [
+        (Blocks(batch, 0, 1, first), 0, min(reach, n - first)),
+        (Blocks(batch, first, inner // tile, tile), reach, reach),
+        (Blocks(batch, first + inner, 1, n - first - inner), first, 0),
+    ]
+    parts = []
+    for blocks, back, ahead in zones:
+        if blocks.count * blocks.size:
+            mask = _Around(pattern, back, ahead, blocks, _used(key, lengths, blocks, back, ahead), key.device)
+            mask = mask(0, blocks.size) if blocks.count > 1 else mask
+            parts.append(blocks.part(key, value, back=back, ahead=ahead, mask=mask))
+    return joint_attention(query, [*parts, far], **options)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """The mask of a horizon on both sides, for some queries of each block, which begins with a segment."""
+
+    pattern: Horizon
+    back: int
+    ahead: int
+    blocks: Blocks
+    used: Tensor | None
+    device: torch.device
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        t = torch.arange(begin, end, device=self.device)[:, None]
+        j = torch.arange(-self.back, self.blocks.size + self.ahead, device=self.device)
+        seen = ((j >= self.pattern.begin_of(t)) & (j < self.pattern.end_of(t)))[None, None]
+        return seen if self.used is None else seen & self.used
 
 
 def band_encoder(

@@ -14,6 +14,7 @@ from . import (
     topk_blocks,
     adaptive,
     linformer,
+    long_short,
     linear,
     performer,
     rfa,
