@@ -318,13 +318,13 @@ def local_decoder(
     *,
     scaling: float,
     dropout: float = 0.0,
-    far: Callable[[Count], Part] | None = None,
+    far: Callable[[Count], Part | list[Part]] | None = None,
 ) -> Tensor:
     """
     Softmax over what `pattern` shows of the past and the sinks, for the context's new tokens: (B, H, N, D) -> the same.
 
-    far(position) is a part that joins them, for queries at positions position + 0, 1, ..., of which its `span` may leave out
-    the first; not where dilation > 1. No query sees any of it whose exact part begins at 0.
+    far(position) is a part, or several, that join them, for queries at positions position + 0, 1, ..., of which their `span`
+    may leave out the first; not where dilation > 1. No query sees any of it whose exact part begins at 0.
     """
     n, new, slots = query.shape[2], context.new, context.key.shape[2]
     options = {"scaling": scaling, "dropout": dropout, "far": far}
@@ -365,7 +365,13 @@ def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:
     value = torch.cat([context.sink_value, context.value], 2)
     if far is None:
         return masked_attention(query, key, value, visible, **options)
-    return joint_attention(query, [Part(key, value, mask=visible), far(context.first + context.new)], **options)
+    return joint_attention(
+        query, [Part(key, value, mask=visible), *_parts(far(context.first + context.new))], **options
+    )
+
+
+def _parts(far: Part | list[Part]) -> list[Part]:
+    return far if isinstance(far, list) else [far]
 
 
 def _by_residues(query: Tensor, context: Context, pattern, skip: int, far, **options) -> Tensor:
@@ -428,8 +434,8 @@ def _by_tiles(query: Tensor, context: Context, pattern, skip: int, sinks: Shared
         how = {"causal": True} if pattern.causal else {"mask": _Window(pattern, key.device)}
         late.append(blocks.part(key, value, skip, pattern.back, **how))
     if far is not None and begin < slots:
-        part = far(context.first + begin)
-        extra.append(replace(part, span=(begin - skip + part.span[0], None)))
+        for part in _parts(far(context.first + begin)):
+            extra.append(replace(part, span=(begin - skip + part.span[0], None)))
     return joint_attention(query, [*late, *early, *extra], **options)
 
 

@@ -61,9 +61,9 @@ def range_attention(
 ) -> Tensor:
     """
     query (B, H, N, D) -> (B, H, N, D). near: key and value (B, G, S, D), of which row b has the first lengths[b]; far: key
-    and value (B, G or H, F, D). The first `lead` near keys stand before the far ones as if they were of them; bias
-    broadcasts to (B, H, lead + F), and is -inf where no query sees the key. The tiles cover each query once. A query that
-    sees nothing gets zeros.
+    and value (B, G, F, D), or without a `lead` (B, H, F, D). The first `lead` near keys stand before the far ones as if they
+    were of them; bias broadcasts to (B, H, lead + F), and is -inf where no query sees the key. The tiles cover each query
+    once. A query that sees nothing gets zeros.
     """
     bias = bias.to(query.dtype).expand(*query.shape[:2], -1)
     pieces = [
@@ -108,7 +108,9 @@ class _Ranges(torch.autograd.Function):
     @without_autocast
     def forward(ctx, plan, query, key, value, far_key, far_value, bias):
         query, key, value = _rows(query), _rows(key), _rows(value)
-        far = [torch.cat([x[:, :, : plan.lead], y], 2) for x, y in ((key, far_key), (value, far_value))]
+        far = far_key.contiguous(), far_value.contiguous()
+        if plan.lead:
+            far = [torch.cat([x[:, :, : plan.lead], y], 2) for x, y in zip((key, value), far, strict=True)]
         given = query, key, value, *far, bias.contiguous()
         output, total = query.new_empty(query.shape), query.new_empty(query.shape[:3])
         plan.run(plan.library.ranges_forward, given, lambda b, g, h: (output[b, h], total[b, h]))
@@ -131,8 +133,9 @@ class _Ranges(torch.autograd.Function):
             return output[b, h], total[b, h], grad[b, h], grad.stride(2), of_query[b, h], *sums
 
         plan.run(plan.library.ranges_backward, given, results)
-        for x, y in zip(near, far, strict=True):
-            x[:, :, : plan.lead] += y[:, :, : plan.lead]
+        if plan.lead:
+            for x, y in zip(near, far, strict=True):
+                x[:, :, : plan.lead] += y[:, :, : plan.lead]
         return None, of_query, *near, *(y[:, :, plan.lead :] for y in far), of_bias.sum(-1)
 
 

@@ -136,8 +136,13 @@ def summary_decoder(
     if slots is not None:
         slots = slots[:2]
         visible = _Visible(summary, pattern, num_sinks, query.shape[1], slots[0].shape[2], key.device)
-        if _in_ranges(query, context, pattern, dropout):
-            return _range_decoder(query, context, visible, slots, num_sinks=num_sinks, bias=bias, scaling=scaling)
+        if in_ranges(query, context, pattern, dropout):
+            added = query.new_zeros(query.shape[1]) if bias is None else bias
+            added = added[:, None].expand(1, -1, visible.size)
+            if visible.exists is not None:
+                added = added.masked_fill(~visible.exists[:, :, 0], float("-inf"))
+            rest = {"num_sinks": num_sinks, "scaling": scaling}
+            return range_decoder(query, context, pattern, slots, added, summary.slots, **rest)
 
         def far(position: Count) -> Part:
             return Part(*slots, mask=lambda begin, end: visible(position, begin, end), bias=bias)
@@ -145,40 +150,42 @@ def summary_decoder(
     return local_decoder(query, context, pattern, scaling=scaling, dropout=dropout, far=far)
 
 
-def _in_ranges(query: Tensor, context: Context, pattern: Segments, dropout: float) -> bool:
-    """Whether a compiled kernel serves a call: one of many queries, whose rows stand at the same positions."""
+def in_ranges(query: Tensor, context: Context, pattern: Segments, dropout: float) -> bool:
+    """Whether `range_decoder` serves a call: one of many queries, whose rows stand at the same positions."""
     aligned = isinstance(context.first, int) and isinstance(context.new, int)
     return aligned and not reads_directly(query.shape[2], context, pattern) and has_kernel(query, dropout)
 
 
-def _range_decoder(
+def range_decoder(
     query: Tensor,
     context: Context,
-    visible: _Visible,
+    pattern: Segments,
     slots: tuple[Tensor, Tensor],
+    bias: Tensor,
+    per_segment: int,
     *,
     num_sinks: int,
-    bias: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """As `local_decoder` with the slots as its far part: sinks, then slots, are the far list."""
-    pattern, first, sinks = visible.pattern, context.first, context.sink_key.shape[2]
-    tiles, begin, end = [], first + context.new, first + context.new + query.shape[2]
-    low, listed = begin, sinks + visible.size
+    """
+    As `local_decoder` by a compiled kernel, with the slots of the segments before the exact part as its far part: keys and
+    values (B, G or H, S, D), `per_segment` of each segment, bias (B or 1, H, S), -inf where a slot stands for nothing.
+    """
+    first, sinks, tiles = context.first, context.sink_key.shape[2], []
+    begin, end = first + context.new, first + context.new + query.shape[2]
+    low, listed = begin, sinks + bias.shape[2]
     while low < end:
         high = min(pattern.until(low), end)
         exact = max(pattern.begin_of(low), 0)
-        seen = exact if exact < num_sinks else num_sinks + exact // pattern.block * visible.slots
+        seen = exact if exact < num_sinks else num_sinks + exact // pattern.block * per_segment
         tiles.append(Tile(low - begin, high - begin, exact - first, high - first, low - first, seen, listed))
         low = high
-    if first:  # the sinks are no longer among the keys of the context
-        slots = torch.cat([context.sink_key, slots[0]], 2), torch.cat([context.sink_value, slots[1]], 2)
-    added = query.new_zeros(query.shape[1]) if bias is None else bias
-    added = pad(added[:, None].expand(-1, visible.size), (sinks, 0))[None]
-    if visible.exists is not None:
-        added = added.masked_fill(~pad(visible.exists[:, :, 0], (sinks, 0), value=True), float("-inf"))
-    near = context.key, context.value
-    return range_attention(query, near, slots, added, tiles, lead=0 if first else sinks, scaling=scaling)
+    lead, share = sinks, slots[0].shape[1] // context.key.shape[1]
+    if first or share > 1:  # the sinks are not keys of the context any more, or not of as many heads as the slots
+        held = (x.repeat_interleave(share, 1) if share > 1 else x for x in (context.sink_key, context.sink_value))
+        slots, lead = tuple(torch.cat(pair, 2) for pair in zip(held, slots, strict=True)), 0
+    near, bias = (context.key, context.value), pad(bias, (sinks, 0))
+    return range_attention(query, near, slots, bias, tiles, lead=lead, scaling=scaling)
 
 
 def remember_slots(
@@ -216,18 +223,10 @@ def remember_slots(
 def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int, num_sinks: int) -> list[Tensor]:
     """Keys and values (B, G, n r, D) of the slots of n segments, the first of which is `begun`."""
     positions = column(begun) * b + torch.arange(n * b, device=context.key.device)
+    key, value = (segments_of(x, context.first, begun, n, b) for x in (context.key, context.value))
+    masked = n if num_sinks else 0
     if isinstance(begun, int):
-        start = begun * b - context.first
-        key, value = context.key, context.value
-        if key.shape[2] > n * b:
-            sizes = [start, n * b, key.shape[2] - start - n * b]
-            key, value = (x.split(sizes, 2)[1] for x in (key, value))
         masked = min(max(-(-num_sinks // b) - begun, 0), n)  # segments that hold sinks
-    else:
-        source = (positions - column(context.first)).clamp_max(context.key.shape[2] - 1)
-        key, value = take(context.key, source), take(context.value, source)
-        masked = n if num_sinks else 0
-    key, value = key.unflatten(2, (n, b)), value.unflatten(2, (n, b))
     real = (positions >= num_sinks).reshape(-1, n, b)
     if masked in (0, n):
         parts = [summary.summarise(key, value, real if masked else None)]
@@ -236,6 +235,18 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
         parts = zip(key.split(sizes, 2), value.split(sizes, 2), (real[:, :masked], None), strict=True)
         parts = [summary.summarise(*part) for part in parts]
     return [torch.cat(x, 2).flatten(2, 3) for x in zip(*parts, strict=True)]
+
+
+def segments_of(x: Tensor, first: Count, begun: Count, n: int, b: int) -> Tensor:
+    """x (B, G, S, D), whose slot 0 is position `first` -> (B, G, n, b, D), the n segments from `begun` on."""
+    if isinstance(begun, int):
+        start = begun * b - first
+        if x.shape[2] > n * b:
+            x = x.split([start, n * b, x.shape[2] - start - n * b], 2)[1]
+    else:
+        source = column(begun) * b + torch.arange(n * b, device=x.device) - column(first)
+        x = take(x, source.clamp_max(x.shape[2] - 1))
+    return x.unflatten(2, (n, b))
 
 
 class _Visible:

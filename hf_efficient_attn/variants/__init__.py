@@ -15,6 +15,7 @@ from . import (
     adaptive,
     linformer,
     long_short,
+    nystrom,
     linear,
     performer,
     rfa,

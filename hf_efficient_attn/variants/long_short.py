@@ -38,6 +38,7 @@ from ..ops.ranges import Tile, has_kernel, range_attention
 from ..ops.summaries import SoftmaxPool, summary_decoder
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
+from .transformer_xl import TransformerXLConfig
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,17 @@ class LongShortConfig(EfficientAttentionConfig):
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> LongShortConfig:
         return cls(window=max(length, 1), segment_size=4)
+
+    def window_only(self, causal: bool) -> TransformerXLConfig | None:
+        """In a decoder the window of a segment's first token, for all of the segment; nothing has an encoder's window."""
+        if not causal:
+            return None
+        return TransformerXLConfig(
+            segment_size=self.segment_size,
+            memory_size=Horizon.of(self.segment_size, self.window).memory,
+            num_sinks=self.num_sinks,
+            dense_below=self.dense_below,
+        )
 
 
 @register_variant(
