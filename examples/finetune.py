@@ -178,7 +178,8 @@ def warm_start(session: Session, bars: Progress) -> None:
     if not steps or done.exists():
         return
     accelerator = session.accelerator
-    recipe = Recipe(**{**vars(session.recipe), "steps": steps, "seed": session.args.seed + 1})
+    changes = {"steps": steps, "seed": session.args.seed + 1, "learning_rate": session.args.warm_start_learning_rate}
+    recipe = Recipe(**{**vars(session.recipe), **changes})
     task = bars.add_task("warm start", total=None, word="")
     model = models.open_base(session.base_folder, session.args.task)
     objective = Objective(model, session.args.task, session.args.loss_chunk)

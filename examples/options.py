@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "head that knows nothing",
     )
     add("--warm-start-length", type=int, help="tokens of the texts of the warm start; by default --max-length")
+    add("--warm-start-learning-rate", type=float, help="of the warm start; by default --learning-rate")
     add(
         "--dropout",
         type=float,
@@ -171,7 +172,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("max_train_samples", "max_eval_samples", "warm_start_length", "cost_length", "cost_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
-    if min(args.learning_rate, args.recover_learning_rate, args.epochs) <= 0 or not 0 <= args.warmup <= 1:
+    if args.warm_start_learning_rate is None:
+        args.warm_start_learning_rate = args.learning_rate
+    rates = args.learning_rate, args.recover_learning_rate, args.warm_start_learning_rate
+    if min(*rates, args.epochs) <= 0 or not 0 <= args.warmup <= 1:
         parser.error("learning rates and --epochs must be above 0, --warmup between 0 and 1.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout}: from 0 to below 1.")

@@ -6,8 +6,8 @@ trained.
         --variants sliding_window topk_blocks --output results.json
 
 Each text gives its first `--windows` stretches of `length` tokens. For every length and variant: perplexity, its rise
-over dense in per cent, seconds over dense in the same run, and the bytes that the cache holds after the stretch. The
-file is written after every row, and rows that it holds already are not computed again.
+over dense in per cent, and over those of dense in the same run the seconds, the peak memory and the bytes in the cache.
+The file is written after every row, and rows that it holds already are not computed again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import hf_efficient_attn
 from examples.embedded import MODELS, model_source, topics_text
 from hf_efficient_attn import available_variants, patch_model, unpatch_model
 from hf_efficient_attn.losses import causal_lm_losses
-from hf_efficient_attn.measuring import cache_bytes
+from hf_efficient_attn.measuring import cache_bytes, peak_memory
 
 
 def load(name: str) -> tuple[torch.nn.Module, object]:
@@ -72,21 +72,31 @@ def stretches(tokenizer, texts: Sequence[str], length: int, windows: int) -> lis
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, parts: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """exp of the mean negative log-likelihood over all predicted tokens, and the seconds it took."""
-    total, tokens, start = 0.0, 0, time.perf_counter()
+def measure(model: torch.nn.Module, parts: Sequence[torch.Tensor]) -> dict[str, float | int]:
+    """
+    `perplexity`, exp of the mean negative log-likelihood over all predicted tokens; `seconds` of the model's body, which
+    fills a cache as at the start of `generate()`; the most bytes that one call of it held above the weights, and the
+    bytes that its cache holds then.
+    """
+    total, tokens, seconds, peaks, caches = 0.0, 0, 0.0, [], []
     for ids in parts:
-        losses, counted = causal_lm_losses(model, ids)
-        total, tokens = total + losses.sum().item(), tokens + int(counted.sum())
-    return math.exp(total / tokens), time.perf_counter() - start
+        cache, found = DynamicCache(), []
 
+        def read(ids=ids, cache=cache, found=found) -> None:
+            start = time.perf_counter()
+            found.append(model.base_model(ids, past_key_values=cache, use_cache=True)[0])
+            found.append(time.perf_counter() - start)
 
-@torch.no_grad()
-def bytes_in_cache(model: torch.nn.Module, ids: torch.Tensor) -> int:
-    """What a cache holds after one stretch."""
-    cache = DynamicCache()
-    model.base_model(ids, past_key_values=cache, use_cache=True)
-    return cache_bytes(cache)
+        peaks.append(peak_memory(read, ids.device))
+        caches.append(cache_bytes(cache))
+        losses, counted = causal_lm_losses(model, ids, hidden=found[0], chunk_size=256)
+        total, tokens, seconds = total + losses.sum().item(), tokens + int(counted.sum()), seconds + found[1]
+    return {
+        "perplexity": math.exp(total / tokens),
+        "seconds": seconds,
+        "peak_bytes": max(peaks),
+        "cache_bytes": max(caches),
+    }
 
 
 def read_variants(names: Sequence[str]) -> dict[str, dict | None]:
@@ -134,8 +144,7 @@ def main(args: Sequence[str] | None = None) -> dict:
             try:
                 if config is not None:
                     patch_model(model, config)
-                row["perplexity"], row["seconds"] = perplexity(model, parts)
-                row["cache_bytes"] = bytes_in_cache(model, parts[0])
+                row |= measure(model, parts)
             except Exception as error:  # a variant that fails is a row that says so
                 row["error"] = f"{type(error).__name__}: {error}"
             finally:
@@ -144,8 +153,9 @@ def main(args: Sequence[str] | None = None) -> dict:
             dense = done.get(("dense", length), row)
             if "perplexity" in row and "perplexity" in dense:
                 row["rise_percent"] = 100 * (row["perplexity"] / dense["perplexity"] - 1)
-                row["seconds_ratio"] = row["seconds"] / dense["seconds"]
-                row["cache_ratio"] = row["cache_bytes"] / dense["cache_bytes"]
+                for cost in ("seconds", "peak", "cache"):
+                    name = cost if cost == "seconds" else f"{cost}_bytes"
+                    row[f"{cost}_ratio"] = row[name] / dense[name]
             results["rows"].append(row)
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -155,16 +165,16 @@ def main(args: Sequence[str] | None = None) -> dict:
 
 
 def show(results: dict) -> None:
-    table = Table(title="perplexity, untrained")
-    for name in ("length", "variant", "perplexity", "rise", "time of dense", "cache of dense"):
+    table = Table(title="untrained; time, memory and cache over those of dense")
+    for name in ("length", "variant", "perplexity", "rise", "time", "peak memory", "cache"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for row in results["rows"]:
         if "perplexity" not in row:
-            table.add_row(str(row["length"]), row["label"], row.get("error", "")[:60], "", "", "")
+            table.add_row(str(row["length"]), row["label"], row.get("error", "")[:60], "", "", "", "")
             continue
         table.add_row(
             str(row["length"]), row["label"], f"{row['perplexity']:.2f}", f"{row['rise_percent']:+.1f} %",
-            f"{row['seconds_ratio']:.2f}", f"{row['cache_ratio']:.2f}",
+            f"{row['seconds_ratio']:.2f}", f"{row['peak_ratio']:.2f}", f"{row['cache_ratio']:.2f}",
         )  # fmt: skip
     Console(width=110).print(table)
 

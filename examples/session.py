@@ -183,6 +183,7 @@ def new_results(session: Session, base, train_examples: Examples, eval_examples:
             "examples_per_step": recipe.batch_size * recipe.accumulation * accelerator.num_processes,
             "warm_start_steps": args.warm_start_steps,
             "warm_start_length": args.warm_start_length or args.max_length,
+            "warm_start_learning_rate": args.warm_start_learning_rate,
             "lora_rank": args.lora_rank,
             "gradient_checkpointing": args.gradient_checkpointing,
         },
