@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_efficient_attn import HostShape, LinformerConfig, kernels
+from hf_efficient_attn import BlockConfig, HostShape, LinformerConfig, SlidingWindowConfig, TransformerXLConfig, kernels
 from hf_efficient_attn.ops.ranges import Tile, range_attention
 from hf_efficient_attn.registry import build
 
@@ -17,11 +17,19 @@ LAYERS = [  # head size, length, config
     (16, 200, {"segment_size": 20, "num_sinks": 45, "exact_segments": 0}),
     (80, 259, {"segment_size": 60, "num_sinks": 0, "exact_segments": 2}),
     (32, 130, {"segment_size": 16, "num_sinks": 3, "sharing": "none"}),
+    (64, 333, SlidingWindowConfig(window=70, num_sinks=4)),
+    (16, 200, SlidingWindowConfig(window=20, num_sinks=45)),
+    (80, 259, SlidingWindowConfig(window=1, num_sinks=1)),
+    (32, 130, SlidingWindowConfig(window=129, num_sinks=0)),
+    (64, 333, BlockConfig(block_size=70, num_sinks=4)),
+    (16, 259, TransformerXLConfig(segment_size=20, memory_size=50, num_sinks=30)),
 ]
 
 
-def layer(dim: int, fields: dict):
-    module = build(LinformerConfig(**SIZES, **fields), HostShape(6, 2, dim, 6 * dim, True))
+def layer(dim: int, config):
+    if isinstance(config, dict):
+        config = LinformerConfig(**SIZES, **config)
+    module = build(config, HostShape(6, 2, dim, 6 * dim, True))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -77,9 +85,10 @@ def test_large_logits_do_not_overflow() -> None:
         assert (got - want).abs().max() <= 2 * (other - want).abs().max() < 1e-3 * want.abs().max()
 
 
+@pytest.mark.parametrize("number", [0, 4, 5])
 @pytest.mark.parametrize("splits", [(333,), (70, 263), (200, 1, 132), (128, 205)])
-def test_a_later_call_of_many_tokens(calls, splits) -> None:
-    dim, length, fields = LAYERS[0]
+def test_a_later_call_of_many_tokens(calls, splits, number) -> None:
+    (dim, _, fields), length = LAYERS[number], 333
     module, args = layer(dim, fields), inputs(dim, length)
     options = {"scaling": dim**-0.5, "causal": True}
     with torch.no_grad():
@@ -89,19 +98,27 @@ def test_a_later_call_of_many_tokens(calls, splits) -> None:
         for part in zip(*(x.split(splits, 2) for x in args), strict=True):
             state.update(part[1], part[2])
             outputs.append(module(*part, state=state, **options))
-    assert calls.count("ranges_forward") >= 18 * len([n for n in splits if n > 128])
+    assert calls.count("ranges_forward") >= 18 * len([n for n in splits if n > 128])  # one for each row and query head
     torch.testing.assert_close(torch.cat(outputs, 2), full, atol=1e-5, rtol=1e-4)
 
 
 def test_tiles_see_what_they_say() -> None:
-    """One tile by hand: near keys 3 to 6, up to the query's own, and the first two of a far list, one of them hidden."""
+    """
+    By hand: near keys 3 to 6, up to the query's own, and the first two of a far list, one of them hidden; and key 0 and the
+    last two near keys up to the query's own.
+    """
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 1, n, 16, generator=g) for n in (3, 9, 9))
     far = [torch.randn(1, 1, 4, 16, generator=g) for _ in range(2)]
     bias = torch.tensor([[[0.5, float("-inf"), 9.0, 9.0]]])
     got = range_attention(query, (key, value), far, bias, [Tile(0, 3, 3, 7, 4, 2, 4)], scaling=0.3)
+    windowed = range_attention(query, (key, value), far, bias, [Tile(0, 3, 0, 9, 4, 2, 4, 3, 1)], scaling=0.3)
     for i in range(3):
         near = slice(3, 5 + i)
         logits = torch.cat([0.3 * key[0, 0, near] @ query[0, 0, i], 0.3 * far[0][0, 0, :1] @ query[0, 0, i] + 0.5])
         want = logits.softmax(0) @ torch.cat([value[0, 0, near], far[1][0, 0, :1]])
         torch.testing.assert_close(got[0, 0, i], want, atol=1e-6, rtol=1e-5)
+        seen = [0, *range(3 + i, 5 + i)]
+        logits = torch.cat([0.3 * key[0, 0, seen] @ query[0, 0, i], 0.3 * far[0][0, 0, :1] @ query[0, 0, i] + 0.5])
+        want = logits.softmax(0) @ torch.cat([value[0, 0, seen], far[1][0, 0, :1]])
+        torch.testing.assert_close(windowed[0, 0, i], want, atol=1e-6, rtol=1e-5)

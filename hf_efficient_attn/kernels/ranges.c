@@ -1,35 +1,40 @@
 /*
  * Tiles of queries that each read a range of near keys and the ends of a far list: ops/ranges.py on a CPU, float32.
  *
- * tiles: of each, seven numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
- * near key that stands at the first query's position, the number of far keys at the begin of the list, and the first of
- * those at its end. Query t of a tile sees near keys up to the one at its own position, of those before `limit`. With r_i
- * the log-sum-exp of a query's logits and b_j the bias of a far key:
+ * tiles: of each, nine numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
+ * near key that stands at the first query's position, the number of far keys at the begin of the list, the first of those
+ * at its end, the near key that the first query's window begins with, and one past the near keys that are seen without
+ * regard to a window. Query t of a tile sees, of the near keys before `limit`, those up to the one at its own position and
+ * from its window's begin on, which lies t after the first query's. With r_i the log-sum-exp of a query's logits and b_j
+ * the bias of a far key:
  *
  *     s_ij = scaling q_i k_j (+ b_j),    out_i = sum_j exp(s_ij - r_i) v_j.
  *
- * Vectors hold the queries of a tile, as many as are needed for them (`wide`, a multiple of 16). Everything of a tile is held transposed, with the queries side by side: neither keys nor values need to be turned, and
- * maxima and sums over keys are plain vector operations. Rows of q, k, v, grad are D floats, sq, sk, sv, sg apart.
+ * Vectors hold the queries of a tile, as many as are needed for them (`wide`, a multiple of 16). Everything of a tile is
+ * held transposed, with the queries side by side: neither keys nor values need to be turned, and maxima and sums over
+ * keys are plain vector operations. Rows of q, k, v, grad are D floats, sq, sk, sv, sg apart.
  */
 
 #include "arithmetic.h"
 
-enum { T = 64, KEYS = 128 };
+enum { T = 64, KEYS = 128, FIELDS = 9 };
 
 #define NOTHING (-__builtin_inff())
 
 typedef struct {
     const float *key, *value, *bias;
     float *dkey, *dvalue, *dbias;
-    long ks, vs, begin, end, diagonal; /* key `diagonal` stands at the first query's position */
+    long ks, vs, begin, end;
+    long diagonal, floor, kept; /* query i sees the keys up to diagonal + i, from floor + i on or before `kept` */
 } Range;
 
 /* What a tile reads. */
 static void find(Range *ranges, const long *tile, long listed, long limit, Range near, Range far) {
     ranges[0] = near, ranges[1] = ranges[2] = far;
-    ranges[0].begin = tile[2], ranges[0].end = tile[3] < limit ? tile[3] : limit, ranges[0].diagonal = tile[4];
-    ranges[1].end = ranges[1].diagonal = tile[5];
-    ranges[2].begin = tile[6], ranges[2].end = ranges[2].diagonal = listed;
+    ranges[0].begin = tile[2], ranges[0].end = tile[3] < limit ? tile[3] : limit;
+    ranges[0].diagonal = tile[4], ranges[0].floor = tile[7], ranges[0].kept = tile[8];
+    ranges[1].end = tile[5], ranges[2].begin = tile[6], ranges[2].end = listed;
+    for (int i = 1; i < 3; i++) ranges[i].diagonal = ranges[i].kept = listed;
 }
 
 /* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros up to the next multiple of 16. */
@@ -65,19 +70,20 @@ static void logits(const Range *r, long begin, long n, long wide, long dim, cons
         if (r->bias)
             for (long i = 0; i < wide; i += W) *(vec *)(row + i) += r->bias[begin + j];
         for (long i = 0; i < begin + j - r->diagonal && i < wide; i++) row[i] = NOTHING;
+        if (begin + j >= r->kept)
+            for (long i = begin + j - r->floor + 1 > 0 ? begin + j - r->floor + 1 : 0; i < wide; i++) row[i] = NOTHING;
     }
 }
 
 void ranges_forward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
                     const float *fv, const float *bias, long listed, long limit, const long *tiles, long count,
-                    long dim, float scaling,
-                    float *out, float *total) {
+                    long dim, float scaling, float *out, float *total) {
     static __thread float qt[MOST * T], ot[MOST * T], s[KEYS * T];
-    for (long l = 0; l < count; l++, tiles += 7) {
+    for (long l = 0; l < count; l++, tiles += FIELDS) {
         long first = tiles[0], m = tiles[1] - first, wide = (m + W - 1) / W * W;
         Range ranges[3];
-        find(ranges, tiles, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv, 0, 0, 0},
-             (Range){fk, fv, bias, 0, 0, 0, dim, dim, 0, 0, 0});
+        find(ranges, tiles, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv, 0, 0, 0, 0, 0},
+             (Range){fk, fv, bias, 0, 0, 0, dim, dim, 0, 0, 0, 0, 0});
         vec top[T / W], sum[T / W];
         gather(q + first * sq, sq, m, dim, scaling, qt);
         for (long i = 0; i < dim * T; i++) ot[i] = 0;
@@ -115,15 +121,14 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
 /* Rows of out and dq are dim apart, of dk and dv too; dbias gets T sums per key. dk, dv, dfk, dfv, dbias are added to. */
 void ranges_backward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
                      const float *fv, const float *bias, long listed, long limit, const long *tiles, long count,
-                    long dim, float scaling,
-                     const float *out, const float *total, const float *grad, long sg, float *dq, float *dk, float *dv,
+                     long dim, float scaling, const float *out, const float *total, const float *grad, long sg, float *dq, float *dk, float *dv,
                      float *dfk, float *dfv, float *dbias) {
     static __thread float qt[MOST * T], gt[MOST * T], dqt[MOST * T], qs[MOST * T], s[KEYS * T], d[KEYS * T];
-    for (long l = 0; l < count; l++, tiles += 7) {
+    for (long l = 0; l < count; l++, tiles += FIELDS) {
         long first = tiles[0], m = tiles[1] - first, wide = (m + W - 1) / W * W;
         Range ranges[3];
-        find(ranges, tiles, listed, limit, (Range){k, v, 0, dk, dv, 0, sk, sv, 0, 0, 0},
-             (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, 0, 0});
+        find(ranges, tiles, listed, limit, (Range){k, v, 0, dk, dv, 0, sk, sv, 0, 0, 0, 0, 0},
+             (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, 0, 0, 0, 0});
         const float *g = grad + first * sg;
         float lse[T], delta[T];
         gather(q + first * sq, sq, m, dim, scaling, qt);

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from ..caching import AttentionState, Count, TokenStore, take
 from .exact import exact_attention, masked_attention, sdpa
 from .joint import Part, joint_attention
+from .ranges import QUERIES, has_kernel, range_decoder
 
 TILE = 32, 128  # queries per tile of a band, fewest and most: fewer read less in vain, more make better use of a kernel
 
@@ -85,6 +86,7 @@ class Segments:
     block: int
     memory: int = 0
     dilation = 1
+    slides = False
 
     @property
     def tile(self) -> int:
@@ -186,6 +188,7 @@ class Band:
     window: int
     dilation: int = 1
     causal = False
+    slides = True
 
     @property
     def tile(self) -> int:
@@ -213,6 +216,12 @@ class Band:
 
     def needed_from(self, count: Count) -> Count:
         return count - self.stored
+
+    def begin_of(self, t: Count) -> Count:
+        return t - self.window + 1
+
+    def until(self, t: int) -> int:
+        return t + QUERIES
 
     def near(self, t: Tensor, j: Tensor) -> Tensor:
         return (t - j < self.window * self.dilation) & ((t - j) % self.dilation == 0)
@@ -330,6 +339,9 @@ def local_decoder(
     options = {"scaling": scaling, "dropout": dropout, "far": far}
     if reads_directly(n, context, pattern):
         return _direct(query, context, pattern, **options)
+    wide = context.key.shape[2] > pattern.full  # else the fused causal kernel is as good
+    if wide and far is None and pattern.dilation == 1 and in_ranges(query, context, pattern, dropout):
+        return range_decoder(query, context, pattern, scaling=scaling)
     if isinstance(new, int):
         skip = new // pattern.step * pattern.step if new >= pattern.before else 0
         query = pad(query, (0, 0, new - skip, 0)) if new > skip else query
@@ -346,6 +358,12 @@ def reads_directly(n: int, context: Context, pattern: Segments | Band) -> bool:
     what it asks of `far` is for queries from a multiple of `pattern.step` on to the end of the context.
     """
     return n <= pattern.stored and not (isinstance(context.new, int) and context.new == 0)
+
+
+def in_ranges(query: Tensor, context: Context, pattern: Segments | Band, dropout: float) -> bool:
+    """Whether `range_decoder` serves a call: one of many queries, whose rows stand at the same positions."""
+    aligned = isinstance(context.first, int) and isinstance(context.new, int)
+    return aligned and not reads_directly(query.shape[2], context, pattern) and has_kernel(query, dropout)
 
 
 def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:

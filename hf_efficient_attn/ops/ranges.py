@@ -13,13 +13,17 @@ Letters: B batch, H query heads, G key/value heads, N queries, S near keys, F fa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import kernels
 from .precision import without_autocast
+
+if TYPE_CHECKING:
+    from .local import Band, Context, Segments
 
 QUERIES = 64  # of a tile, at most
 LANES = 16
@@ -27,8 +31,8 @@ LANES = 16
 
 class Tile(NamedTuple):
     """
-    Queries first..last-1. Query first + t sees the near keys begin..min(diagonal + t, end - 1) and the far keys 0..far-1 and
-    after.., at least one in all.
+    Queries first..last-1. Query first + t sees the near keys begin..min(diagonal + t, end - 1), but of those from `kept` on
+    only the ones from floor + t on, and the far keys 0..far-1 and after..; at least one in all.
     """
 
     first: int
@@ -38,6 +42,13 @@ class Tile(NamedTuple):
     diagonal: int
     far: int
     after: int
+    floor: int = -(2**40)
+    kept: int = 0
+
+    def part(self, first: int) -> Tile:
+        """Of these queries the `QUERIES` from `first` on."""
+        later, last = first - self.first, min(first + QUERIES, self.last)
+        return self._replace(first=first, last=last, diagonal=self.diagonal + later, floor=self.floor + later)
 
 
 def has_kernel(query: Tensor, dropout: float) -> bool:
@@ -66,14 +77,46 @@ def range_attention(
     once. A query that sees nothing gets zeros.
     """
     bias = bias.to(query.dtype).expand(*query.shape[:2], -1)
-    pieces = [
-        tile._replace(first=first, last=min(first + QUERIES, tile.last), diagonal=tile.diagonal + first - tile.first)
-        for tile in tiles
-        for first in range(tile.first, tile.last, QUERIES)
-    ]
+    pieces = [tile.part(first) for tile in tiles for first in range(tile.first, tile.last, QUERIES)]
     limits = [near[0].shape[2]] * len(query) if lengths is None else lengths.tolist()
     plan = _Plan(kernels.load("ranges"), torch.tensor(pieces), limits, lead, scaling)
     return _Ranges.apply(plan, query, *near, *far, bias)
+
+
+def range_decoder(
+    query: Tensor,
+    context: Context,
+    pattern: Segments | Band,
+    slots: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    per_segment: int = 0,
+    *,
+    scaling: float,
+) -> Tensor:
+    """
+    As `local_decoder` by the kernel, with the slots of the segments before the exact part as its far part: keys and values
+    (B, G or H, S, D), `per_segment` of each segment, bias (B or 1, H, S), -inf where a slot stands for nothing.
+    """
+    near, sinks = (context.key, context.value), context.sink_key.shape[2]
+    if slots is None:
+        slots, bias = tuple(x[:, :, :0] for x in near), query.new_zeros(1, query.shape[1], 0)
+    first, listed, tiles = context.first, sinks + bias.shape[2], []
+    begin, end = first + context.new, first + context.new + query.shape[2]
+    low = begin
+    while low < end:
+        high, start = min(pattern.until(low), end), pattern.begin_of(low)
+        exact = max(start, 0)
+        seen = exact if exact < sinks else sinks + (exact // pattern.step * per_segment if per_segment else 0)
+        tile = Tile(low - begin, high - begin, exact - first, high - first, low - first, seen, listed)
+        if pattern.slides:
+            tile = tile._replace(floor=start - first, kept=sinks - first)
+        tiles.append(tile)
+        low = high
+    lead, share = sinks, slots[0].shape[1] // context.key.shape[1]
+    if first or share > 1:  # the sinks are not keys of the context any more, or not of as many heads as the slots
+        held = (x.repeat_interleave(share, 1) if share > 1 else x for x in (context.sink_key, context.sink_value))
+        slots, lead = tuple(torch.cat(pair, 2) for pair in zip(held, slots, strict=True)), 0
+    return range_attention(query, near, slots, pad(bias, (sinks, 0)), tiles, lead=lead, scaling=scaling)
 
 
 class _Plan(NamedTuple):

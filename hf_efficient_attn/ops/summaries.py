@@ -27,8 +27,8 @@ from torch.nn.functional import pad
 from ..caching import AttentionState, Count, TokenStore, column, take
 from ..config import EfficientAttentionConfig, option
 from .joint import Part
-from .local import Context, Horizon, Segments, local_decoder, reads_directly, remember
-from .ranges import Tile, has_kernel, range_attention
+from .local import Context, Horizon, Segments, in_ranges, local_decoder, remember
+from .ranges import range_decoder
 
 
 @dataclass(kw_only=True)
@@ -141,51 +141,12 @@ def summary_decoder(
             added = added[:, None].expand(1, -1, visible.size)
             if visible.exists is not None:
                 added = added.masked_fill(~visible.exists[:, :, 0], float("-inf"))
-            rest = {"num_sinks": num_sinks, "scaling": scaling}
-            return range_decoder(query, context, pattern, slots, added, summary.slots, **rest)
+            return range_decoder(query, context, pattern, slots, added, summary.slots, scaling=scaling)
 
         def far(position: Count) -> Part:
             return Part(*slots, mask=lambda begin, end: visible(position, begin, end), bias=bias)
 
     return local_decoder(query, context, pattern, scaling=scaling, dropout=dropout, far=far)
-
-
-def in_ranges(query: Tensor, context: Context, pattern: Segments, dropout: float) -> bool:
-    """Whether `range_decoder` serves a call: one of many queries, whose rows stand at the same positions."""
-    aligned = isinstance(context.first, int) and isinstance(context.new, int)
-    return aligned and not reads_directly(query.shape[2], context, pattern) and has_kernel(query, dropout)
-
-
-def range_decoder(
-    query: Tensor,
-    context: Context,
-    pattern: Segments,
-    slots: tuple[Tensor, Tensor],
-    bias: Tensor,
-    per_segment: int,
-    *,
-    num_sinks: int,
-    scaling: float,
-) -> Tensor:
-    """
-    As `local_decoder` by a compiled kernel, with the slots of the segments before the exact part as its far part: keys and
-    values (B, G or H, S, D), `per_segment` of each segment, bias (B or 1, H, S), -inf where a slot stands for nothing.
-    """
-    first, sinks, tiles = context.first, context.sink_key.shape[2], []
-    begin, end = first + context.new, first + context.new + query.shape[2]
-    low, listed = begin, sinks + bias.shape[2]
-    while low < end:
-        high = min(pattern.until(low), end)
-        exact = max(pattern.begin_of(low), 0)
-        seen = exact if exact < num_sinks else num_sinks + exact // pattern.block * per_segment
-        tiles.append(Tile(low - begin, high - begin, exact - first, high - first, low - first, seen, listed))
-        low = high
-    lead, share = sinks, slots[0].shape[1] // context.key.shape[1]
-    if first or share > 1:  # the sinks are not keys of the context any more, or not of as many heads as the slots
-        held = (x.repeat_interleave(share, 1) if share > 1 else x for x in (context.sink_key, context.sink_value))
-        slots, lead = tuple(torch.cat(pair, 2) for pair in zip(held, slots, strict=True)), 0
-    near, bias = (context.key, context.value), pad(bias, (sinks, 0))
-    return range_attention(query, near, slots, bias, tiles, lead=lead, scaling=scaling)
 
 
 def remember_slots(

@@ -37,8 +37,9 @@ from ..caching import Buffer, Count, TokenStore, column, take
 from ..config import option
 from ..ops.exact import exact_attention, masked_attention, sdpa
 from ..ops.joint import CHUNK, Part
-from ..ops.local import Context, Segments, local_decoder
-from ..ops.summaries import SlotStore, SummaryConfig, in_ranges, range_decoder, segments_of
+from ..ops.local import Context, Segments, in_ranges, local_decoder
+from ..ops.ranges import range_decoder
+from ..ops.summaries import SlotStore, SummaryConfig, segments_of
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 from .transformer_xl import TransformerXLConfig
@@ -234,8 +235,7 @@ class NystromAttention(EfficientAttention):
         if in_ranges(query, context, pattern, dropout):
             tokens = self._log_counts(0, size, device)
             bias = self.slot_bias[:, None] + tokens.to(query).masked_fill(tokens < 0, float("-inf"))
-            rest = {"num_sinks": sinks, "scaling": scaling}
-            return range_decoder(query, context, pattern, slots, bias[None], 1, **rest)
+            return range_decoder(query, context, pattern, slots, bias[None], 1, scaling=scaling)
         index = torch.arange(size, device=device)
         whole = -(-sinks // b)  # the first segment without a sink; the one before it may hold tokens, too
         ranges = [(whole - 1, whole)] if sinks % b else []
