@@ -3,8 +3,9 @@
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(64), aligned(4), may_alias));
 
-enum { W = 16, MOST = 256 }; /* floats of a vector; most of a head */
+enum { W = 16, MOST = 256, T = 64 }; /* floats of a vector; most of a head; queries side by side */
 
+#define NOTHING (-__builtin_inff())
 #define INLINE static inline __attribute__((always_inline))
 
 /* c (m, 16 nv) = or += a (m, depth) b (depth, 16 nv), with m and nv constants of the caller. */
@@ -68,9 +69,33 @@ INLINE vec exponential(vec x) {
     return (vec)((ivec)(p * (vec)power) & live);
 }
 
-INLINE vec larger(vec a, vec b) {
-    ivec first = a > b;
-    return (vec)((first & (ivec)a) | (~first & (ivec)b));
+/* a where `first`, else b. */
+INLINE vec pick(ivec first, vec a, vec b) { return (vec)((first & (ivec)a) | (~first & (ivec)b)); }
+
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+
+/* Whether any of the lanes is set. */
+INLINE int any(ivec x) {
+    x |= __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x |= __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x |= __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x[0] | x[1];
+}
+
+/* The largest of a vector's floats. */
+INLINE float greatest(vec x) {
+    x = larger(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return x[0] > x[1] ? x[0] : x[1];
+}
+
+/* The sum of a vector's floats. */
+INLINE float total_of(vec x) {
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x[0] + x[1];
 }
 
 /* A square of 16 x 16 floats, transposed: rows are interleaved with those half, a quarter, ... of them away. */
@@ -86,4 +111,18 @@ INLINE void turn(vec *x) {
 #pragma GCC unroll 16
         for (int i = 0; i < W; i++) x[i] = y[i];
     }
+}
+
+/* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros up to the next multiple of 16. */
+static void gather(const float *x, long stride, long m, long dim, float factor, float *out) {
+    for (long i = 0; i < m; i += W)
+        for (long p = 0; p < dim; p += W) {
+            vec square[W];
+            for (long u = 0; u < W; u++) {
+                square[u] = (vec){0};
+                if (i + u < m) square[u] = *(const vec *)(x + (i + u) * stride + p) * factor;
+            }
+            turn(square);
+            for (long u = 0; u < W; u++) *(vec *)(out + (p + u) * T + i) = square[u];
+        }
 }

@@ -17,9 +17,7 @@
 
 #include "arithmetic.h"
 
-enum { T = 64, KEYS = 128, FIELDS = 9 };
-
-#define NOTHING (-__builtin_inff())
+enum { KEYS = 128, FIELDS = 9 };
 
 typedef struct {
     const float *key, *value, *bias;
@@ -35,20 +33,6 @@ static void find(Range *ranges, const long *tile, long listed, long limit, Range
     ranges[0].diagonal = tile[4], ranges[0].floor = tile[7], ranges[0].kept = tile[8];
     ranges[1].end = tile[5], ranges[2].begin = tile[6], ranges[2].end = listed;
     for (int i = 1; i < 3; i++) ranges[i].diagonal = ranges[i].kept = listed;
-}
-
-/* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros up to the next multiple of 16. */
-static void gather(const float *x, long stride, long m, long dim, float factor, float *out) {
-    for (long i = 0; i < m; i += W)
-        for (long p = 0; p < dim; p += W) {
-            vec square[W];
-            for (long u = 0; u < W; u++) {
-                square[u] = (vec){0};
-                if (i + u < m) square[u] = *(const vec *)(x + (i + u) * stride + p) * factor;
-            }
-            turn(square);
-            for (long u = 0; u < W; u++) *(vec *)(out + (p + u) * T + i) = square[u];
-        }
 }
 
 /* Inverse of `gather`, into rows dim apart. */

@@ -1,29 +1,204 @@
 """
-Queries that each choose their own key blocks, as one part of a joint softmax.
+Softmax attention in which queries read the key block they stand in and blocks of their own choice.
 
-For the chosen pairs (i, J) of query i and key block J, with r_i the log-sum-exp of the parts read before,
+With pairs (i, J) of query i and a chosen block J, and r_i the log-sum-exp of what is read before, the own block,
     w_ij = exp(scaling q_i k_j - r_i),    output_i <- (output_i + sum_J w_iJ v_J) / (1 + sum_J sum_j w_ij),    j in J.
 Copying every query's blocks side by side would cost N x blocks x block_size x D. Turned around (Lu 2025, MoBA,
 arXiv:2502.13189), the pairs are sorted by block, and the queries that chose a block are multiplied with it at once: a
 query is copied once per pair and a key block once, some megabytes at a time. Cost: pairs x block_size x D.
-On a CPU in float32 a kernel does it (kernels/chosen_blocks.c), elsewhere batched products.
+On a CPU in float32 a kernel does it (kernels/chosen_blocks.c), elsewhere batched products, as a part of a joint softmax.
+
+Letters: B batch, H query heads, G key/value heads, L slots of queries, M of keys, both whole blocks, D head size, C
+chosen blocks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import kernels
-from .joint import HUGE
+from ..caching import Count
+from .joint import HUGE, joint_attention
+from .local import Blocks
+from .precision import without_autocast
+from .rows import shift
 
+SCORES = 2**16  # scores that exist at one time
 SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
 SAFE = 1e25  # a sum of weights up to here overflows nothing; beyond, r_i is raised to the largest logit
+
+
+@torch.compiler.disable
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    chosen: Tensor,
+    valid: Tensor,
+    own: Count,
+    *,
+    causal: bool,
+    used: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """
+    query (B, H, L, D), key and value (B, G, M, D) -> (B, H, L, D). Slot i of the queries stands in block own + i //
+    block_size, which it reads up to itself where `causal`. own: an int or (B,).
+
+    chosen: (B, H or G, L / w, C) int64, what w successive queries read besides, each block once and not their own; valid:
+    alike, bool, which of them count. used: (B, M) bool, which keys exist, or None where all do.
+    """
+    if _fits(query, block_size, dropout):
+        owns = own.tolist() if isinstance(own, Tensor) else [own] * len(query)
+        plan = _Plan(kernels.load("chosen_blocks"), block_size, owns, causal, used, float(scaling))
+        return _Blocks.apply(plan, query, key, value, chosen, valid)
+    own_key, own_value = (shift(x, -own * block_size, query.shape[2]) for x in (key, value))
+    count, mask = query.shape[2] // block_size, None
+    if used is not None:
+        there = shift(used[:, None, :, None].to(query.dtype), -own * block_size, query.shape[2])
+        mask = there.bool().reshape(-1, 1, 1, block_size)
+    parts = [Blocks(len(query), 0, count, block_size).part(own_key, own_value, causal=causal, mask=mask)]
+    if chosen.shape[3]:
+        parts.append(ChosenBlocks.of(key, value, block_size, chosen, valid, query.shape, used))
+    return joint_attention(query, parts, scaling=scaling, dropout=dropout)
+
+
+def _fits(query: Tensor, block_size: int, dropout: float) -> bool:
+    """Whether the kernel can do this."""
+    sizes = all(size % 16 == 0 and size <= 256 for size in (query.shape[3], block_size))
+    plain = query.dtype is torch.float32 and query.device.type == "cpu" and not dropout
+    return sizes and plain and kernels.load("chosen_blocks") is not None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    library: Any
+    block_size: int
+    own: list[int]
+    causal: bool
+    used: Tensor | None
+    scaling: float
+
+    def sort(self, query: Tensor, key: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of each row's key/value head by block: queries (B, G, pairs) int32, begins (B, G, blocks + 1) int64."""
+        (batch, groups), heads = key.shape[:2], query.shape[1]
+        count, width = key.shape[2] // self.block_size, query.shape[2] // chosen.shape[2]
+        chosen, valid = chosen.contiguous(), valid.contiguous()
+        share = heads // chosen.shape[1]
+        most = heads // groups * chosen.shape[2] * chosen.shape[3] * width
+        rows = torch.empty(batch, groups, most, dtype=torch.int32)
+        start = torch.empty(batch, groups, count + 1, dtype=torch.int64)
+
+        def job(b: int, g: int) -> None:
+            own = (x[b, g * chosen.shape[1] // groups :] for x in (chosen, valid))
+            sizes = heads // groups, share, chosen.shape[2], chosen.shape[3], width, count
+            kernels.call(self.library.sort_pairs, *own, *sizes, rows[b, g], start[b, g])
+
+        self.for_each_group(job, batch, groups)
+        return rows, start
+
+    def run(self, function: Any, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, start: Tensor, *rest) -> None:
+        """The kernel for each key/value head of each row, and its part of the `rest`: per query head, or per key/value head."""
+        (batch, groups), share = key.shape[:2], query.shape[1] // key.shape[1]
+
+        def job(b: int, g: int) -> None:
+            heads = slice(g * share, (g + 1) * share)
+            sizes = key.shape[2] // self.block_size, self.own[b], query.shape[2], share, self.block_size, query.shape[3]
+            used = None if self.used is None else self.used[b]
+            own = [x[b, g] if x.shape[1] == groups and share > 1 else x[b, heads] for x in rest]
+            kernels.call(
+                function, query[b, heads], key[b, g], value[b, g], rows[b, g], start[b, g], *sizes, self.scaling,
+                int(self.causal), used, *own,
+            )  # fmt: skip
+
+        self.for_each_group(job, batch, groups)
+
+    @staticmethod
+    def for_each_group(job: Callable[[int, int], None], batch: int, groups: int) -> None:
+        kernels.in_parallel(lambda i: job(*divmod(i, groups)), range(batch * groups))
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx, plan, query, key, value, chosen, valid):
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        rows, start = plan.sort(query, key, chosen, valid)
+        output, total, sums = torch.empty_like(query), *query.new_empty(2, *query.shape[:3])
+        plan.run(plan.library.blocks_forward, query, key, value, rows, start, output, total, sums)
+        ctx.plan = plan
+        ctx.save_for_backward(query, key, value, rows, start, output, total)
+        return output
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad):
+        *given, output, total = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in given[:3])
+        delta = torch.empty_like(total)
+        rest = output, total, grad.contiguous(), delta, dq, dk, dv
+        ctx.plan.run(ctx.plan.library.blocks_backward, *given, *rest)
+        return None, dq, dk, dv, None, None
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor | None, picks: int) -> Tensor:
+    """
+    (B, H, L, picks) int64: for each query the blocks with the largest features . summary, of equal ones the lower; block 0
+    always, its own never; `count` or a block that is not open to it where there are no more.
+
+    features (B, H, L, F), summaries (B, G, count, F), float32; own (B or 1, L), the block that a query stands in. blocks: (B
+    or 1,), how many are open to queries, or None where those before a query's own are.
+    """
+    (batch, heads, length, width), (groups, count) = features.shape, summaries.shape[1:3]
+    library = kernels.load("chosen_blocks") if features.device.type == "cpu" else None
+    if library is not None and width % 16 == 0 and width <= 512 and 0 < picks <= 64:
+        features, summaries, own = features.contiguous(), summaries.contiguous(), own.expand(batch, -1).contiguous()
+        lasts = [-1] * batch if blocks is None else (blocks.expand(batch) - 1).tolist()
+        chosen = torch.empty(batch, heads, length, picks, dtype=torch.int64)
+
+        def job(i: int) -> None:
+            b, h = divmod(i, heads)
+            given = features[b, h], summaries[b, h * groups // heads], length, count, width, picks
+            kernels.call(library.choose_blocks, *given, own[b], lasts[b], chosen[b, h])
+
+        kernels.in_parallel(job, range(batch * heads))
+        return chosen
+    features, chosen = features.unflatten(1, (groups, -1)), []
+    own = own[:, None, :, None]
+    last = own - 1 if blocks is None else (blocks - 1).view(-1, 1, 1, 1)
+    chunk = max(1, SCORES // max(1, batch * heads * count))
+    for begin in range(0, length, chunk):
+        piece = slice(begin, begin + chunk)
+        reach = min(int(own[:, :, piece].max()), count) if blocks is None else count
+        with torch.autocast(features.device.type, enabled=False):
+            scores = features[:, :, :, piece].flatten(2, 3) @ summaries[:, :, :reach].transpose(2, 3)
+        scores = scores.unflatten(2, (heads // groups, -1)).flatten(1, 2)
+        scores[..., :1] = float("inf")
+        index = torch.arange(reach, device=features.device)
+        closed = (index > last[:, :, piece if blocks is None else slice(None)]) | (index == own[:, :, piece])
+        best = _largest(scores.masked_fill_(closed, float("-inf")), min(picks, reach))
+        chosen.append(pad(best, (0, picks - best.shape[3]), value=count))
+    return torch.cat(chosen, 2)
+
+
+def _largest(scores: Tensor, picks: int) -> Tensor:
+    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
+    bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    return (ordered << 32).sub_(index).topk(picks, -1).indices
 
 
 @dataclass(frozen=True)
@@ -49,16 +224,18 @@ class ChosenBlocks:
     span: tuple[int, None] = (0, None)
 
     @staticmethod
-    @torch.compiler.disable
-    def of(key: Tensor, value: Tensor, block_size: int, chosen: Tensor, valid: Tensor, used: Tensor | None = None):
-        """chosen: (B, H, N, C) int64, blocks of the query's row, each once; valid: alike, bool, which of them count."""
+    def of(key, value, block_size: int, chosen: Tensor, valid: Tensor, shape: torch.Size, used: Tensor | None = None):
+        """The part of queries of this shape; `chosen`, `valid` and `used` as for `block_attention`."""
         batch, groups, size = key.shape[:3]
-        count, heads, device = size // block_size, chosen.shape[1], key.device
+        count, heads, device = size // block_size, shape[1], key.device
+        chosen, valid = (x.repeat_interleave(heads // x.shape[1], 1) for x in (chosen, valid))
         owner = torch.arange(batch * groups, device=device).repeat_interleave(heads // groups).view(batch, heads, 1, 1)
         block = torch.where(valid, chosen + count * owner, batch * groups * count).flatten()
         queries = torch.argsort(block.to(torch.int32), stable=True).div_(chosen.shape[3], rounding_mode="floor")
-        counts = torch.bincount(block, minlength=batch * groups * count + 1)[:-1]
-        return ChosenBlocks(key, value, block_size, queries, counts, chosen.shape[:3].numel(), used)
+        width = shape[2] // chosen.shape[2]
+        queries = (queries[:, None] * width + torch.arange(width, device=device)).flatten()
+        counts = torch.bincount(block, minlength=batch * groups * count + 1)[:-1] * width
+        return ChosenBlocks(key, value, block_size, queries, counts, shape[:3].numel(), used)
 
     @cached_property
     def tiles(self) -> list[tuple[Tensor, Tensor]]:
@@ -101,12 +278,8 @@ class ChosenBlocks:
         queries, keys, values, grads = tables
         dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
         delta = (grads.view_as(output) * output.to(total.dtype)).sum(-1)
-        kernel = self._kernel(queries, dropout)
-        if kernel is not None:
-            given = [queries, keys, values, grads], [total.contiguous(), delta], [dq, dk, dv]
-            self._run(kernel.chosen_blocks_backward, *given, scaling)
         delta, reference, space = _extended(-delta, 0.0), _extended(-total, -HUGE), _Space(queries)
-        for c, (rows, blocks) in enumerate(self.tiles if kernel is None else ()):
+        for c, (rows, blocks) in enumerate(self.tiles):
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
             g = _rows(grads, rows_read, space("g", *q.shape))
             v = _rows(values.view(-1, *k.shape[1:]), blocks, space("v", *k.shape))
@@ -129,11 +302,6 @@ class ChosenBlocks:
     def _weigh(self, queries, keys, values, output, reference, scaling, dropout):
         """output (B, H, N, D) and the weighted values, the sums of weights (rows,), and the dropout masks."""
         joined, sums, kept = output.clone(memory_format=torch.contiguous_format), queries.new_zeros(len(queries)), []
-        kernel = self._kernel(queries, dropout)
-        if kernel is not None:
-            given = [queries, keys, values], [reference.contiguous()], [joined, sums]
-            self._run(kernel.chosen_blocks_forward, *given, scaling)
-            return joined, sums, kept
         reference, space = _extended(-reference, -HUGE), _Space(queries)
         for rows, blocks in self.tiles:
             q, rows_read, k = self._copy(space, rows, blocks, queries, keys)
@@ -156,30 +324,6 @@ class ChosenBlocks:
             logits = self._logits(space, q, k, _added(reference, rows), blocks, scaling)
             highest.scatter_reduce_(0, rows_read, logits.amax(-1).flatten(), "amax")
         return highest
-
-    def _kernel(self, queries: Tensor, dropout: float) -> Any:
-        """The compiled kernels, where they can do this, or None."""
-        sizes = (queries.shape[1], self.block_size)
-        fits = all(size % 16 == 0 and size <= 256 for size in sizes)
-        if dropout or not fits or queries.dtype is not torch.float32 or queries.device.type != "cpu":
-            return None
-        return kernels.load("chosen_blocks")
-
-    def _run(self, function: Any, tables: list[Tensor], per_query: list[Tensor], results: list[Tensor], scaling: float):
-        """One job for each row's key/value head, whose queries and blocks no other reads."""
-        batch, groups, size = self.key.shape[:3]
-        block = torch.arange(len(self.counts))
-        start = torch.cat([block[:1], self.counts.cumsum(0)])
-        used = None if self.used is None else self.used[:, None].expand(-1, groups, -1).contiguous()
-        tables, lines = [x.contiguous() for x in tables], size // self.block_size
-
-        def job(i: int) -> None:
-            kernels.call(
-                function, *tables, self.queries, start, block, i * lines, (i + 1) * lines, self.block_size,
-                tables[0].shape[1], float(scaling), *per_query, used, *results,
-            )  # fmt: skip
-
-        kernels.in_parallel(job, range(batch * groups))
 
     def _copy(self, space, rows, blocks, queries, keys):
         """The tile's queries (n, T, D), the rows they were read from (n T,), the tile's keys (n, block_size, D)."""

@@ -25,10 +25,8 @@ from torch import Tensor
 from ..caching import Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention, gathered_attention
-from ..ops.joint import joint_attention
-from ..ops.local import Blocks
 from ..ops.rows import shift
-from ..ops.tiles import ChosenBlocks
+from ..ops.tiles import block_attention
 from ..registry import register_variant
 from ..variant import EfficientAttention
 
@@ -110,19 +108,15 @@ class BigBirdAttention(EfficientAttention):
         skip = offset % size
         count = -(-(n + (skip if isinstance(skip, int) else size - 1)) // size)
         framed = shift(query, skip, count * size)
-        own_key, own_value = (shift(x, skip - offset, count * size) for x in (key, value))
         key, value = (shift(x, 0, -(-x.shape[2] // size) * size) for x in (key, value))
-        own = column(offset // size) + torch.arange(count, device=query.device)
-        end, used, mask = column(offset + length), None, None
+        own, end, used = (offset - skip) // size, column(offset + length), None
         if not causal and not (isinstance(end, int) and end == key.shape[2]):
             used = (torch.arange(key.shape[2], device=key.device) < end).expand(batch, -1)
-            mask = used[:, -count * size :].reshape(batch * count, 1, 1, size)
-        parts = [Blocks(batch, 0, count, size).part(own_key, own_value, causal=causal, mask=mask)]
-        chosen, valid = self._choose(own.view(-1, count), -(-end // size), causal)
-        if chosen.shape[3]:
-            chosen, valid = (x.expand(batch, -1, -1, -1) for x in (chosen, valid))
-            parts.append(self._pairs(key, value, chosen, valid, framed.shape, used))
-        return shift(joint_attention(framed, parts, **options), -skip, n)
+        blocks = column(own) + torch.arange(count, device=query.device)
+        chosen, valid = self._choose(blocks.view(-1, count), -(-end // size), causal)
+        chosen, valid = (x.expand(batch, -1, -1, -1) for x in (chosen, valid))
+        output = block_attention(framed, key, value, size, chosen, valid, own, causal=causal, used=used, **options)
+        return shift(output, -skip, n)
 
     def _choose(self, own: Tensor, blocks: Count, causal: bool) -> tuple[Tensor, Tensor]:
         """
@@ -148,18 +142,6 @@ class BigBirdAttention(EfficientAttention):
         chosen = [(near, (near >= everyone) & (near < blocks)), (first, first < own), (drawn, (allowed > 0) & ~again)]
         chosen, valid = (torch.cat([x.expand(shape) for x in xs], 3) for xs in zip(*chosen, strict=True))
         return chosen, valid & live
-
-    def _pairs(self, key, value, chosen: Tensor, valid: Tensor, shape: torch.Size, used: Tensor | None) -> ChosenBlocks:
-        """The part of queries (B, H, L block_size, D), from what their blocks read: (B, G, L, C) int64 and bool."""
-        size, heads, width = self.config.block_size, shape[1], chosen.shape[3]
-        batch, groups, count = *key.shape[:2], key.shape[2] // self.config.block_size
-        owner = torch.arange(batch * groups, device=key.device).view(batch, groups, 1, 1)
-        block = torch.where(valid, chosen + count * owner, batch * groups * count)
-        block = block.repeat_interleave(heads // groups, 1).flatten()
-        order = torch.argsort(block.to(torch.int32), stable=True).div_(width, rounding_mode="floor")
-        queries = (order[:, None] * size + torch.arange(size, device=key.device)).flatten()
-        counts = torch.bincount(block, minlength=batch * groups * count + 1)[:-1] * size
-        return ChosenBlocks(key, value, size, queries, counts, shape[:3].numel(), used)
 
     def _step(self, query, key, value, offset: Count, **options) -> Tensor:
         """A few new tokens of a decoder: the keys of the chosen blocks are copied for each query."""

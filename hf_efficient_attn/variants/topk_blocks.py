@@ -22,19 +22,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .. import kernels
 from ..caching import AttentionState, Buffer, Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import gathered_attention
-from ..ops.joint import Part, joint_attention
 from ..ops.rows import shift
-from ..ops.tiles import ChosenBlocks
+from ..ops.tiles import best_blocks, block_attention
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention
 
-SCORES = 2**16  # scores that exist at one time
 STEP = 16  # new tokens up to which each query's keys are copied side by side
 
 
@@ -113,7 +109,6 @@ class TopkBlocksAttention(EfficientAttention):
         skip = offset % size
         span = n + (skip if isinstance(skip, int) else size - 1)
         framed = shift(query, skip, -(-span // size) * size)
-        own_key, own_value = (shift(x, skip - offset, framed.shape[2]) for x in (key, value))
         key, value = (shift(x, 0, -(-x.shape[2] // size) * size) for x in (key, value))
         length = torch.full((1,), n, device=key.device) if lengths is None else lengths
         used = None
@@ -125,10 +120,8 @@ class TopkBlocksAttention(EfficientAttention):
         live = (slots >= column(skip)) & (slots < column(skip) + length[:, None])
         own = column(offset - skip) // size + slots // size
         chosen, valid = self._choose(framed, summaries, own.expand_as(live), live, -(-length // size), causal)
-        parts = [_own_block(own_key, own_value, size, causal, used)]
-        if chosen.shape[3]:
-            parts.append(ChosenBlocks.of(key, value, size, chosen, valid, used))
-        output = joint_attention(framed, parts, scaling=scaling, dropout=dropout)
+        options = {"causal": causal, "used": used, "scaling": scaling, "dropout": dropout}
+        output = block_attention(framed, key, value, size, chosen, valid, (offset - skip) // size, **options)
         return shift(output, -skip, n)
 
     def _summarise(self, key: Tensor, used: Tensor | None = None) -> Tensor:
@@ -152,42 +145,24 @@ class TopkBlocksAttention(EfficientAttention):
     @torch.no_grad()
     def _choose(self, query, summaries, own, live, blocks, causal) -> tuple[Tensor, Tensor]:
         """
-        -> (B, H, L, C) int64 and bool: the blocks each query reads besides its own, and which of these count.
+        -> (B, H or G, L / w, C) int64 and bool: the blocks that w successive queries read besides their own, and which of
+        these count. G and w > 1 where queries choose together.
 
         own, live: (B or 1, L), the block a query stands in and whether there is a query. blocks: (B or 1,), how many
         have keys.
         """
-        heads, length = query.shape[1:3]
         groups, count = summaries.shape[1:3]
         width = 1 if causal else max(1, self.config.query_block)
         own, live = own[:, None, ::width, None], live[:, None, :, None]
         last = own - 1 if causal else (blocks - 1).view(-1, 1, 1, 1)
-        picks, chosen = min(self.config.top_k - 1, count), []
-        chunk = max(1, SCORES // max(1, query.shape[0] * heads * count))
-        for begin in range(0, -(-length // width), chunk):
-            piece = slice(begin, begin + chunk)
-            features = self._features(query[:, :, begin * width : (begin + chunk) * width])
-            if width > 1:
-                features = features.unflatten(2, (-1, width)).sum(3)
-            features = features.unflatten(1, (groups, -1))
-            if self.config.share_group:
-                features = features.sum(2, keepdim=True)
-            reach = min(int(own[:, :, piece].max()), count) if causal else count
-            with torch.autocast(query.device.type, enabled=False):
-                scores = features.flatten(2, 3) @ summaries[:, :, :reach].transpose(2, 3)
-            scores = scores.unflatten(2, features.shape[2:4]).flatten(1, 2)
-            scores[..., :1] = float("inf")
-            index = torch.arange(reach, device=query.device)
-            closed = (index > last[:, :, piece if causal else slice(None)]) | (index == own[:, :, piece])
-            best = _best(scores.masked_fill_(closed, float("-inf")), min(picks, reach))
-            chosen.append(pad(best, (0, picks - best.shape[3]), value=count))
-        chosen = torch.cat(chosen, 2)
-        valid = (chosen <= last) & (chosen != own)
+        features = query if width == 1 else query.unflatten(2, (-1, width))
+        features = self._features(features) if width == 1 else self._features(features).sum(3)
         if self.config.share_group:
-            chosen, valid = (x.repeat_interleave(heads // groups, 1) for x in (chosen, valid))
-        if width > 1:
-            chosen, valid = (x.repeat_interleave(width, 2) for x in (chosen, valid))
-        return chosen, valid & live
+            features = features.unflatten(1, (groups, -1)).sum(2)
+        picks = min(self.config.top_k - 1, count)
+        chosen = best_blocks(features, summaries, own[:, 0, :, 0], None if causal else blocks, picks)
+        valid = (chosen <= last) & (chosen != own)
+        return chosen, valid & live.unflatten(2, (-1, width)).any(3)
 
     def _extend_summaries(self, state: AttentionState, buffer: Buffer, n: int, lengths: Tensor | None) -> Tensor:
         """Adds the blocks that this call completes; returns the summaries of all complete blocks."""
@@ -208,39 +183,9 @@ class TopkBlocksAttention(EfficientAttention):
         position = (column(offset) + torch.arange(n, device=query.device)).expand(batch, n)
         own = position // size
         chosen, valid = self._choose(query, summaries, own, torch.ones_like(own, dtype=torch.bool), None, True)
-        own = own[:, None, :, None].expand(-1, heads, -1, -1)
+        own = own[:, None, :, None].expand(-1, chosen.shape[1], -1, -1)
         chosen, valid = torch.cat([own, chosen], -1), torch.cat([torch.ones_like(own, dtype=torch.bool), valid], -1)
         slots = chosen[..., None] * size + torch.arange(size, device=query.device)
         seen = valid[..., None] & (slots <= position[:, None, :, None, None])
-        slots, seen = slots.flatten(3), seen.flatten(3)
+        slots, seen = (x.flatten(3).repeat_interleave(heads // x.shape[1], 1) for x in (slots, seen))
         return gathered_attention(query, key, value, slots, seen, scaling=scaling, dropout=dropout)
-
-
-def _own_block(key: Tensor, value: Tensor, size: int, causal: bool, used: Tensor | None) -> Part:
-    """Every query reads the block it stands in."""
-    batch = key.shape[0]
-
-    def arrange(x: Tensor, fill: float) -> Tensor:
-        return x.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
-
-    def collect(x: Tensor, fill: float) -> Tensor:
-        return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3).unsqueeze(3)
-
-    mask = None if used is None else used.expand(batch, -1).reshape(-1, 1, 1, size)
-    return Part(arrange(key, 0.0), arrange(value, 0.0), arrange, collect, causal=causal, mask=mask)
-
-
-def _best(scores: Tensor, picks: int) -> Tensor:
-    """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
-    kernel = kernels.load("chosen_blocks") if scores.device.type == "cpu" and 0 < picks <= 256 else None
-    if kernel is not None:
-        scores, count = scores.contiguous(), scores.shape[-1]
-        best = torch.empty(*scores.shape[:-1], picks, dtype=torch.int64)
-        threads = torch.get_num_threads()
-        pieces = zip(scores.view(-1, count).chunk(threads), best.view(-1, picks).chunk(threads), strict=True)
-        kernels.in_parallel(lambda x: kernels.call(kernel.largest, x[0], len(x[0]), count, picks, x[1]), pieces)
-        return best
-    bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
-    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    return (ordered << 32).sub_(index).topk(picks, -1).indices
