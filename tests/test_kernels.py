@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_efficient_attn import HostShape, TopkBlocksConfig, kernels, measuring
+from hf_efficient_attn import BigBirdConfig, HostShape, TopkBlocksConfig, kernels, measuring
 from hf_efficient_attn.ops.tiles import best_blocks
 from hf_efficient_attn.registry import build
 
@@ -54,6 +54,33 @@ def test_large_logits_do_not_overflow(causal) -> None:
         theirs = results(causal, False, 64, 64, 12.0)
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert (got - want).abs().max() <= 2 * (other - want).abs().max() < 1e-3 * want.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", [TopkBlocksConfig(block_size=16, top_k=4), BigBirdConfig(block_size=16)])
+@pytest.mark.parametrize("splits", [(333,), (40, 293), (100, 1, 232)])
+def test_later_calls_of_many_tokens(monkeypatch, config, splits) -> None:
+    """Rows of a batch that stand at different positions, in blocks that earlier calls began."""
+    module = build(config, HostShape(6, 2, 32, 192, True))
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, heads, 333, 32, generator=g) for heads in (6, 2, 2)]
+    padding = torch.arange(333) >= torch.tensor([0, 21, 90])[:, None]
+    calls, run = [], kernels.call
+    monkeypatch.setattr(
+        kernels, "call", lambda function, *args: calls.append(function.__name__) or run(function, *args)
+    )
+    with torch.no_grad():
+        with kernels.off():
+            want = module(*inputs, padding=padding, scaling=0.2, causal=True)
+        assert not calls
+        state, outputs, done = module.make_state(), [], 0
+        for n in splits:
+            part = [x[:, :, done : done + n] for x in inputs]
+            done += n
+            state.update(*part[1:])
+            outputs.append(module(*part, padding=padding[:, done - n : done], state=state, scaling=0.2, causal=True))
+    assert calls.count("blocks_forward") == 6 * len([n for n in splits if n > 16])  # three rows, two key/value heads
+    torch.testing.assert_close(torch.cat(outputs, 2), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])
