@@ -110,6 +110,36 @@ def read_variants(names: Sequence[str]) -> dict[str, dict | None]:
     return chosen
 
 
+def open_results(file: Path, settings: dict, program: str, args: Sequence[str] | None) -> dict:
+    """
+    The file's results, or new ones: `settings`, the `command`, `versions`, and `rows`.
+
+    Raises:
+        SystemExit: the file holds results of other settings.
+    """
+    results = {"settings": settings, "rows": []}
+    if file.exists():
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if results.get("settings") != settings:
+            sys.exit(f"{program}: {file} holds another run, {results.get('settings')}; give another name.")
+    results["command"] = shlex.join(["python", "-m", program, *(args or sys.argv[1:])])
+    results["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_efficient_attn": hf_efficient_attn.__version__,
+    }
+    return results
+
+
+def add_row(results: dict, row: dict, file: Path) -> None:
+    """Adds the row and writes the file."""
+    results["rows"].append(row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(row), flush=True)
+
+
 def main(args: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
@@ -121,18 +151,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     options = parser.parse_args(args)
     chosen = read_variants(options.variants)
     settings = {"model": options.model, "texts": [Path(t).name for t in options.texts], "windows": options.windows}
-    results = {"settings": settings, "rows": []}
-    if options.output.exists():
-        results = json.loads(options.output.read_text())
-        if results.get("settings") != settings:
-            parser.error(f"{options.output} holds another run, {results.get('settings')}; give another name.")
-    results["command"] = shlex.join(["python", "-m", "examples.perplexity", *(args or sys.argv[1:])])
-    results["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_efficient_attn": hf_efficient_attn.__version__,
-    }
+    results = open_results(options.output, settings, "examples.perplexity", args)
     model, tokenizer = load(options.model)
     for length in options.lengths:
         parts = stretches(tokenizer, options.texts, length, options.windows)
@@ -156,10 +175,7 @@ def main(args: Sequence[str] | None = None) -> dict:
                 for cost in ("seconds", "peak", "cache"):
                     name = cost if cost == "seconds" else f"{cost}_bytes"
                     row[f"{cost}_ratio"] = row[name] / dense[name]
-            results["rows"].append(row)
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
-            print(json.dumps(row), flush=True)
+            add_row(results, row, options.output)
     show(results)
     return results
 

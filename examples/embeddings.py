@@ -1,0 +1,117 @@
+"""
+What is left of a sentence encoder's embeddings when its attention is swapped and nothing is trained?
+
+    python -m examples.embeddings --model minilm --dataset texts/ --max-length 2048 --variants linformer topk_blocks \
+        --output results.json
+
+The model's learned positions are extended to `--max-length` if they end before. Embeddings are means over tokens, of length
+1. For every variant: `fidelity`, the mean cosine of a text's embedding with its dense one; `probe_accuracy`, of a
+logistic regression that is trained on the variant's embeddings of the training texts; and over those of dense in the
+same run the seconds and the peak memory. The file is written after every row, and rows that it holds already are not
+computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from examples.data import load_texts, tokenize
+from examples.embedded import MODELS, model_source
+from examples.perplexity import add_row, open_results, read_variants
+from hf_efficient_attn import extend_positions, patch_model, unpatch_model
+from hf_efficient_attn.measuring import peak_memory
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """(texts, width): the mean over the tokens of each text, of length 1. One text is read at a time, without padding."""
+    means = [model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in texts]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1).numpy()
+
+
+def main(args: Sequence[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
+    parser.add_argument("--dataset", default="embedded", help="labelled texts, as for examples/finetune.py")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens that a text is cut at")
+    parser.add_argument("--train-texts", type=int, default=200, help="to train the probe on")
+    parser.add_argument("--test-texts", type=int, default=100, help="to report on")
+    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
+    options = parser.parse_args(args)
+    chosen = read_variants(options.variants)
+    names = ("model", "dataset", "max_length", "train_texts", "test_texts")
+    settings = {name: getattr(options, name) for name in names}
+    results = open_results(options.output, settings, "examples.embeddings", args)
+    source = model_source(options.model) if options.model in MODELS else {"path": options.model}
+    model, tokenizer = (kind.from_pretrained(source["path"]) for kind in (AutoModel, AutoTokenizer))
+    model.eval()
+    if options.max_length > getattr(model.config, "max_position_embeddings", options.max_length):
+        extend_positions(model, options.max_length, tokenizer)
+    data = load_texts(options.dataset, "classification")
+    splits = [(data.train, data.train_labels, options.train_texts), (data.test, data.test_labels, options.test_texts)]
+    train, test = (
+        tokenize(texts, labels, tokenizer, options.max_length, limit).rows for texts, labels, limit in splits
+    )
+    texts, labels = [row["input_ids"] for row in train + test], [row["label"] for row in train + test]
+    longest, dense = max(texts, key=len), None
+    for label, config in chosen.items():
+        done = {row["label"]: row for row in results["rows"]}
+        if label in done:
+            continue
+        if dense is None and config is not None:
+            dense = embed(model, texts)  # of an earlier run, whose embeddings were not kept
+        row = {"label": label, "config": config}
+        try:
+            if config is not None:
+                patch_model(model, config)
+            start = time.perf_counter()
+            found = embed(model, texts)
+            row["seconds"] = time.perf_counter() - start
+            row["peak_bytes"] = peak_memory(lambda: embed(model, [longest]))
+            dense = found if config is None else dense
+            row["fidelity"] = float((found * dense).sum(1).mean())
+            probe = LogisticRegression(C=100.0, max_iter=2000).fit(found[: len(train)], labels[: len(train)])
+            row["probe_accuracy"] = float(probe.score(found[len(train) :], labels[len(train) :]))
+        except Exception as error:  # a variant that fails is a row that says so
+            row["error"] = f"{type(error).__name__}: {error}"
+        finally:
+            if config is not None and type(model).__name__.startswith("Efficient"):
+                unpatch_model(model)
+        base = done.get("dense", row)
+        if "error" not in row and "error" not in base:
+            row["seconds_ratio"] = row["seconds"] / base["seconds"]
+            row["peak_ratio"] = row["peak_bytes"] / base["peak_bytes"]
+        results["tokens"] = sum(map(len, texts))
+        add_row(results, row, options.output)
+    show(results)
+    return results
+
+
+def show(results: dict) -> None:
+    table = Table(title="embeddings, untrained; time and memory over those of dense")
+    for name in ("variant", "fidelity", "probe accuracy", "time", "peak memory"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for row in results["rows"]:
+        if "error" in row:
+            table.add_row(row["label"], row["error"][:60], "", "", "")
+            continue
+        table.add_row(
+            row["label"], f"{row['fidelity']:.3f}", f"{row['probe_accuracy']:.3f}", f"{row['seconds_ratio']:.2f}",
+            f"{row['peak_ratio']:.2f}",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
