@@ -1,0 +1,103 @@
+"""The reports of untrained variants, examples/perplexity.py and embeddings.py, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples import embeddings, perplexity
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A GPT-2 and a BERT of a few words, a text, and labelled texts whose class is their most frequent word."""
+    root = tmp_path_factory.mktemp("untrained")
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    torch.manual_seed(0)
+    size = len(tokenizer)
+    # Weights far larger than at the start of training, so that attention matters.
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=size, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    )
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    bert = BertModel(BertConfig(vocab_size=size, max_position_embeddings=32, initializer_range=0.3, **shape))
+    for name, model in (("gpt2", gpt2), ("bert", bert)):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    draw = torch.randint(30, (200,), generator=torch.Generator().manual_seed(1))
+    (root / "text.txt").write_text(" ".join(WORDS[i] for i in draw))
+    (root / "data").mkdir()
+    for split, count in (("train", 24), ("test", 12)):
+        rows = []
+        for i in range(count):
+            noise = torch.randint(30, (30,), generator=torch.Generator().manual_seed(count + i))
+            rows.append({"text": " ".join([*(WORDS[j] for j in noise), *[WORDS[i % 2]] * 20]), "label": str(i % 2)})
+        (root / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def read(folder: Path, file: Path, *variants: str) -> dict[str, dict]:
+    given = ["--model", str(folder / "gpt2"), "--texts", str(folder / "text.txt"), "--lengths", "64", "--windows", "2"]
+    rows = perplexity.main([*given, "--variants", *variants, "--output", str(file)])["rows"]
+    assert json.loads(file.read_text())["rows"] == rows
+    return {row["label"]: row for row in rows}
+
+
+def test_perplexity_of_dense_and_variants(folder, tmp_path) -> None:
+    rows = read(folder, tmp_path / "a.json", "flash", "block")
+    model, tokenizer = perplexity.load(str(folder / "gpt2"))
+    ids = tokenizer((folder / "text.txt").read_text(), return_tensors="pt").input_ids[:, :128].view(2, 64)
+    with torch.no_grad():
+        want = math.exp(model(input_ids=ids, labels=ids).loss.item())
+    assert rows["dense"]["perplexity"] == pytest.approx(want, rel=1e-4)
+    assert rows["flash"]["perplexity"] == pytest.approx(want, rel=1e-4)
+    assert rows["dense"]["cache_bytes"] == 2 * 2 * 64 * 32 * 4  # layers, keys and values, tokens, width, bytes
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["peak_bytes"] > row["cache_bytes"] and row["tokens"] == 128
+
+
+def test_what_was_measured_stays(folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "few.yaml").write_text(
+        "near: {variant: block, block_size: 8, num_sinks: 0}\nbroken: {variant: funel}\n"
+    )
+    before = read(folder, tmp_path / "a.json", str(tmp_path / "few.yaml"))
+    assert before["near"]["perplexity"] != pytest.approx(before["dense"]["perplexity"], rel=1e-3)
+    assert before["near"]["cache_ratio"] < 1 and "funnel" in before["broken"]["error"]
+    counted, measure = [], perplexity.measure
+    monkeypatch.setattr(perplexity, "measure", lambda *args: counted.append(1) or measure(*args))
+    after = read(folder, tmp_path / "a.json", str(tmp_path / "few.yaml"), "flash")
+    assert len(counted) == 1 and {name: after[name] for name in before} == before
+    with pytest.raises(SystemExit, match="another run"):
+        perplexity.main(["--texts", "topics", "--output", str(tmp_path / "a.json")])
+    with pytest.raises(ValueError, match="200 tokens; 2 stretches of 128 need 256"):
+        perplexity.stretches(perplexity.load(str(folder / "gpt2"))[1], [str(folder / "text.txt")], 128, 2)
+
+
+def test_embeddings_of_dense_and_variants(folder, tmp_path) -> None:
+    (tmp_path / "few.yaml").write_text("near: {variant: block, block_size: 4}\nbroken: {variant: funel}\n")
+    given = ["--model", str(folder / "bert"), "--dataset", str(folder / "data"), "--max-length", "48"]
+    given += ["--train-texts", "24", "--test-texts", "12", "--output", str(tmp_path / "e.json"), "--variants"]
+    rows = {row["label"]: row for row in embeddings.main([*given, "flash", str(tmp_path / "few.yaml")])["rows"]}
+    assert rows["dense"]["fidelity"] == pytest.approx(1, abs=1e-5)
+    assert rows["flash"]["fidelity"] == pytest.approx(1, abs=1e-5)
+    assert rows["flash"]["probe_accuracy"] == rows["dense"]["probe_accuracy"] > 0.8  # guessing: 0.5
+    assert rows["near"]["fidelity"] < 0.999 and "funnel" in rows["broken"]["error"]
+    again = embeddings.main([*given, "flash", str(tmp_path / "few.yaml"), "linear"])["rows"]
+    assert [row["label"] for row in again] == [*rows, "linear"] and again[: len(rows)] == list(rows.values())
+    assert again[-1]["fidelity"] < 0.999
