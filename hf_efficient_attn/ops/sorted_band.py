@@ -280,6 +280,11 @@ class SortedBand:
     scatter: None = None
     span: tuple[int, None] = (0, None)
 
+    @staticmethod
+    def of(key: Tensor, value: Tensor, intervals: Intervals, tile: int = TILE) -> SortedBand:
+        """The one part of queries that read these intervals. A key can stand in several places of their order."""
+        return SortedBand(key, value, intervals, _tiles(intervals, tile), [])
+
     def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
         """As `Part.accumulate`."""
         accurate, count = torch.promote_types(query.dtype, torch.float32), query.shape[:3].numel()

@@ -188,12 +188,12 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
         scores[..., :1] = float("inf")
         index = torch.arange(reach, device=features.device)
         closed = (index > last[:, :, piece if blocks is None else slice(None)]) | (index == own[:, :, piece])
-        best = _largest(scores.masked_fill_(closed, float("-inf")), min(picks, reach))
+        best = largest_places(scores.masked_fill_(closed, float("-inf")), min(picks, reach))
         chosen.append(pad(best, (0, picks - best.shape[3]), value=count))
     return torch.cat(chosen, 2)
 
 
-def _largest(scores: Tensor, picks: int) -> Tensor:
+def largest_places(scores: Tensor, picks: int) -> Tensor:
     """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
     bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)

@@ -9,6 +9,7 @@ from . import (
     combined,
     lsh,
     routing,
+    clustered,
     cluster_former,
     sinkhorn,
     topk_blocks,
