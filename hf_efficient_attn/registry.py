@@ -106,4 +106,5 @@ def config_from_dict(data: dict[str, Any]) -> VariantConfig:
 
 def build(config: VariantConfig, host) -> EfficientLayer:
     """The module of a config for what `host` describes: an attention layer (`HostShape`) or a `FeedForwardShape`."""
-    return get_info(config.name).module_class(config, host)
+    module_class = get_info(config.name).module_class
+    return module_class(module_class.resolve(config, host), host)

@@ -187,7 +187,7 @@ def choose(
 def _trains_nothing(name: str, shape: HostShape) -> bool:
     info = get_info(name)
     try:
-        module = build(info.module_class.resolve(info.config_class(), shape), shape)
+        module = build(info.config_class(), shape)
     except ValueError:  # cannot serve this layer
         return False
     return not list(module.parameters()) and info.family != "exact"
@@ -261,9 +261,7 @@ def _calibrate(model, batches, table, loss) -> tuple[float, list[LayerScore]]:
             for number, _, exact in patched_layers(model):
                 weight = next(model.parameters())
                 modules = {
-                    label: build(get_info(config.name).module_class.resolve(config, exact.host), exact.host)
-                    .to(device=weight.device, dtype=weight.dtype)
-                    .eval()
+                    label: build(config, exact.host).to(device=weight.device, dtype=weight.dtype).eval()
                     for label, config in table.items()
                 }
                 trials.append(_Trial(number, modules))
@@ -300,7 +298,7 @@ def _costs(kind: str, table, shape: HostShape, length: int, device: torch.device
 
     costs = {DENSE: 1.0}
     for label, config in table.items():
-        module = build(get_info(config.name).module_class.resolve(config, shape), shape).to(device).eval()
+        module = build(config, shape).to(device).eval()
         extra = {"hidden": hidden} if module.needs_hidden else {}
 
         @torch.no_grad()

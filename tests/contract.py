@@ -40,8 +40,7 @@ class Subject:
         """The module with tiny hyper-parameters; its parameters are moved off their start, so that all of them matter."""
         info = get_info(self.name)
         shape = self.host(**host)
-        config = info.module_class.resolve(config or info.config_class.tiny(self.causal), shape)
-        module = build(config, shape).to(dtype).eval()
+        module = build(config or info.config_class.tiny(self.causal), shape).to(dtype).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in module.parameters():
