@@ -1,4 +1,4 @@
-"""The reports of untrained variants, examples/perplexity.py and embeddings.py, on tiny models."""
+"""The reports of untrained variants, examples/perplexity.py, embeddings.py and choose.py, on tiny models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import embeddings, perplexity
+from examples import choose, embeddings, perplexity
+from hf_efficient_attn import patched
 
 WORDS = [f"w{i}" for i in range(30)]
 
@@ -101,3 +102,26 @@ def test_embeddings_of_dense_and_variants(folder, tmp_path) -> None:
     again = embeddings.main([*given, "flash", str(tmp_path / "few.yaml"), "linear"])["rows"]
     assert [row["label"] for row in again] == [*rows, "linear"] and again[: len(rows)] == list(rows.values())
     assert again[-1]["fidelity"] < 0.999
+
+
+def test_selection_is_judged_on_another_text(folder, tmp_path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed((folder / "text.txt").read_text().split())))
+    (tmp_path / "few.yaml").write_text(
+        "near: {variant: block, block_size: 8}\nhalf: {variant: block, block_size: 32}\n"
+    )
+    given = ["--model", str(folder / "gpt2"), "--choose-on", str(folder / "text.txt"), "--judge-on", str(other)]
+    given += ["--length", "64", "--variants", str(tmp_path / "few.yaml"), "--max-cost", "0.6", "--cost", "flops"]
+    results = choose.main([*given, "--output", str(tmp_path / "s.json")])
+    assert json.loads((tmp_path / "s.json").read_text()) == results
+    rows = {row["label"]: row for row in results["rows"]}
+    assert list(rows) == ["dense", "chosen", "near", "half"]
+    assert rows["chosen"]["share"]["flops"] <= 0.6 < 1 == rows["dense"]["share"]["flops"]
+    assert rows["chosen"]["rise_percent_where_chosen"] <= rows["near"]["rise_percent_where_chosen"]
+    want, tokenizer = perplexity.load(str(folder / "gpt2"))
+    parts = perplexity.stretches(tokenizer, [str(other)], 64, 1)
+    assert rows["dense"]["perplexity"] == pytest.approx(perplexity.measure(want, parts)["perplexity"])
+    with patched(want, results["mapping"]):
+        assert rows["chosen"]["perplexity"] == pytest.approx(perplexity.measure(want, parts)["perplexity"])
+    with pytest.raises(SystemExit):
+        choose.main([*given, "--output", str(tmp_path / "s.json")])

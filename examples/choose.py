@@ -1,0 +1,99 @@
+"""
+Which variant for which layer: chosen on one text, judged on another.
+
+    python -m examples.choose --model smollm2 --choose-on a.txt.gz --judge-on b.txt.gz --length 8192 \
+        --variants candidates.yaml --max-cost 0.33 --cost state --output results.json
+
+`hf_efficient_attn.select_variants` finds the mapping on the first `--windows` stretches of the one text. The other text
+gives the perplexity of dense attention, of the chosen mapping, and of every candidate in all layers; the file holds them
+with each one's share of dense attention's FLOPs, time, memory and decoder state, and the curve of non-dominated mappings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.embedded import MODELS
+from examples.perplexity import add_row, load, measure, open_results, read_variants, stretches
+from hf_efficient_attn import patched
+from hf_efficient_attn.selection import COSTS, DENSE, Budget, select_variants
+
+
+def main(args: Sequence[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
+    parser.add_argument("--choose-on", required=True, help="a text file (also .gz)")
+    parser.add_argument("--judge-on", required=True, help="another one")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a stretch")
+    parser.add_argument("--windows", type=int, default=1, help="stretches of each text")
+    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE", help="the candidates")
+    parser.add_argument("--max-loss", type=float, help="at most this relative rise of perplexity, such as 0.02")
+    parser.add_argument("--max-cost", type=float, help="at most this share of dense attention's cost")
+    parser.add_argument("--cost", default="flops", choices=COSTS)
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file that is not there yet")
+    options = parser.parse_args(args)
+    if options.output.exists():
+        parser.error(f"{options.output} exists; give another name.")
+    budget = Budget(max_loss=options.max_loss, max_cost=options.max_cost, cost=options.cost)
+    settings = {name: getattr(options, name) for name in ("model", "length", "windows", "max_loss", "max_cost", "cost")}
+    settings |= {name: Path(getattr(options, name)).name for name in ("choose_on", "judge_on")}
+    results = open_results(options.output, settings, "examples.choose", args)
+    table = {label: config for label, config in read_variants(options.variants).items() if config is not None}
+    model, tokenizer = load(options.model)
+    batches = [{"input_ids": ids} for ids in stretches(tokenizer, [options.choose_on], options.length, options.windows)]
+    parts = stretches(tokenizer, [options.judge_on], options.length, options.windows)
+    found = select_variants(model, batches, candidates=list(table.items()), budget=budget)
+    results["mapping"] = {layers: config.to_dict() for layers, config in found.mapping.items()}
+    results["curve"] = [
+        {"cost": p.cost, "predicted_percent": 100 * p.predicted, "measured_percent": _percent(p.measured)}
+        for p in found.curve
+    ]
+    layers = len(found.chosen.labels)
+    rows = [(DENSE, {}, (DENSE,) * layers, 0.0), ("chosen", found.mapping, found.chosen.labels, found.chosen.measured)]
+    rows += [
+        (label, {f"0-{layers - 1}": table[label]}, point.labels, point.measured)
+        for label, point in zip(table, found.uniform, strict=True)
+    ]
+    for label, mapping, labels, rise in rows:
+        if mapping:
+            with patched(model, mapping):
+                row = measure(model, parts)
+        else:
+            row = measure(model, parts)
+        dense = results["rows"][0] if results["rows"] else row
+        row |= {"label": label, "layers": {name: labels.count(name) for name in dict.fromkeys(labels)}}
+        row["share"] = {kind: sum(found.costs[kind][name] for name in labels) / layers for kind in COSTS}
+        row["rise_percent"] = 100 * (row["perplexity"] / dense["perplexity"] - 1)
+        row["rise_percent_where_chosen"] = _percent(rise)
+        add_row(results, row, options.output)
+    show(results)
+    return results
+
+
+def _percent(rise: float | None) -> float | None:
+    return None if rise is None else 100 * rise
+
+
+def show(results: dict) -> None:
+    table = Table(
+        title="rise of perplexity where it was judged and where it was chosen; shares of dense attention's cost"
+    )
+    for name in ("mapping", "perplexity", "rise", "chosen on", *COSTS):
+        table.add_column(name, justify="left" if name == "mapping" else "right")
+    for row in results["rows"]:
+        label = row["label"]
+        if label == "chosen":
+            label += ": " + ", ".join(f"{n} x {name}" for name, n in row["layers"].items())
+        cells = [f"{row['share'][kind]:.2f}" for kind in COSTS]
+        rises = [f"{row[name]:+.1f} %" for name in ("rise_percent", "rise_percent_where_chosen")]
+        table.add_row(label, f"{row['perplexity']:.2f}", *rises, *cells)
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
