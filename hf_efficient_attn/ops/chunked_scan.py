@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import AttentionState
-from .precision import without_autocast
+from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens of an encoder whose features exist at one time; a decoder's S is kept once for so many
 CHUNK = 64  # tokens of a decoder that read one another directly; SPAN is a multiple
@@ -217,6 +217,7 @@ class _Causal(torch.autograd.Function):
         return sums if output is None else output, total, top
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad, grad_total, _):
         features, (query, key, value, output, normaliser, lengths, log_q, log_k, *rest) = (
@@ -369,6 +370,7 @@ class _Bidirectional(torch.autograd.Function):
         return output, total, top
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad, _, __):
         features = ctx.features

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import Count
-from .precision import without_autocast
+from .precision import first_order, without_autocast
 
 TILE = 32, 128  # queries per tile, fewest and most: fewer read less in vain, more make better use of a product
 FLOOR = 1e-30  # smallest normaliser, for a query that sees nothing
@@ -92,6 +92,7 @@ class _Hybrid(torch.autograd.Function):
         return output
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad):
         window, tile, scaling = ctx.options

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .precision import without_autocast
+from .precision import first_order, without_autocast
 
 CHUNK = 256  # queries whose mask exists at one time, where a part's mask is a function
 AREA = 2**20  # weights of one head that exist at one time, where no fused kernel applies
@@ -169,6 +169,7 @@ class _Joint(torch.autograd.Function):
         return output, total
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad, of_lse):
         query, output, total, *tensors = ctx.saved_tensors

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import kernels
-from .precision import without_autocast
+from .precision import first_order, without_autocast
 
 if TYPE_CHECKING:
     from .local import Band, Context, Segments
@@ -162,6 +162,7 @@ class _Ranges(torch.autograd.Function):
         return output
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad):
         *given, output, total = ctx.saved_tensors

@@ -28,7 +28,7 @@ from .. import kernels
 from ..caching import Count
 from .joint import HUGE, joint_attention
 from .local import Blocks
-from .precision import without_autocast
+from .precision import first_order, without_autocast
 from .rows import shift
 
 SCORES = 2**16  # scores that exist at one time
@@ -141,6 +141,7 @@ class _Blocks(torch.autograd.Function):
         return output
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad):
         *given, output, total = ctx.saved_tensors

@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 
 from ..config import option
 from ..ops.exact import sdpa
+from ..ops.precision import first_order
 from ..ops.summaries import SummaryConfig, summary_decoder
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
@@ -135,6 +136,7 @@ class _Convolution(torch.autograd.Function):
         return slots
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)

@@ -38,7 +38,7 @@ from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
 from ..ops.joint import Part, joint_attention
 from ..ops.local import Blocks, Segments, local_decoder, remember
-from ..ops.precision import without_autocast
+from ..ops.precision import first_order, without_autocast
 from ..ops.rows import shift
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention, HostShape
@@ -313,6 +313,7 @@ class _Partners(torch.autograd.Function):
         return partners
 
     @staticmethod
+    @first_order
     @without_autocast
     def backward(ctx, grad):
         weights, tokens = ctx.saved_tensors
