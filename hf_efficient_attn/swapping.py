@@ -147,8 +147,9 @@ def plan(model: PreTrainedModel, choices: Mapping[Any, Choice | list[Choice]]) -
             host = replace(places[number], shape=replace(places[number].shape, patched_index=index))
             swaps.append(Swap(host, _build(chosen[kind, number], host)))
     for numbers, config in entries:
-        modules = [s.variant for s in swaps if s.host.shape.layer in numbers and s.variant.config is config]
-        get_info(config.name).module_class.tie_parameters(modules)
+        module_class = get_info(config.name).module_class
+        modules = [s.variant for s in swaps if s.host.shape.layer in numbers and s.variant.kind == module_class.kind]
+        module_class.tie_parameters(modules)
     return swaps, saved_form((_spell(numbers), config.to_dict()) for numbers, config in entries)
 
 
