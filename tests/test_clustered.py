@@ -87,6 +87,34 @@ def test_plain_queries_of_a_cluster_receive_the_same():
         assert results == (60 if improved else 5)
 
 
+@pytest.mark.parametrize("improved", [False, True])
+def test_the_encoder_equals_the_reference_package(improved, monkeypatch):
+    """Given its clusters, which depend on how its k-means begins, in sequences of two lengths; forward and backward."""
+    reference = pytest.importorskip("fast_transformers.attention")
+    masking = pytest.importorskip("fast_transformers.masking")
+    name, more = ("ImprovedClusteredAttention", {"topk": 6}) if improved else ("ClusteredAttention", {})
+    theirs = getattr(reference, name)(5, bits=15, softmax_temp=SCALING, attention_dropout=0.0, **more)
+    make_groups, made = theirs._create_query_groups, []
+    monkeypatch.setattr(theirs, "_create_query_groups", lambda *args: made.append(make_groups(*args)) or made[-1])
+    args = [torch.randn(2, 4, 40, 8).requires_grad_() for _ in range(3)]
+    lengths = torch.tensor([40, 27])
+    mask = masking.LengthMask(lengths, max_len=40)
+    want = theirs(*(x.transpose(1, 2) for x in args), masking.FullMask(40), mask, mask).transpose(1, 2)
+    (groups, _), order = made[0]
+    labels = torch.zeros_like(order).scatter_(2, order, groups.long()).clamp_max(4).flatten(0, 1)  # of padding 6
+    monkeypatch.setattr(clustered, "k_means", lambda code, *rest: (labels, torch.zeros(8, 5, code.shape[2])))
+    module = build(ClusteredConfig(num_clusters=5, improved=improved, top_k=6), HostShape(4, 4, 8, 32, False))
+    real = torch.arange(40) < lengths[:, None]
+    got = run(module, args, padding=real)
+    want = want * real[:, None, :, None]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    learned = args[2:] if improved else args  # it takes the weight of the top keys, m, for a constant
+    ours, others = (torch.autograd.grad(x.square().sum(), learned) for x in (got, want))
+    torch.testing.assert_close(ours, others, atol=1e-5, rtol=0)
+    other_form = build(ClusteredConfig(num_clusters=5, improved=not improved, top_k=6), HostShape(4, 4, 8, 32, False))
+    assert (run(other_form, args, padding=real) - want).abs().max() > 1e-2
+
+
 def test_plain_with_a_cluster_for_each_token_is_dense():
     args = inputs(23)
     module = make(False, num_clusters=23, improved=False)
