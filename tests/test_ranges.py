@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_efficient_attn import BlockConfig, HostShape, LinformerConfig, SlidingWindowConfig, TransformerXLConfig, kernels
+from hf_efficient_attn import (
+    BlockConfig,
+    CompressiveConfig,
+    HostShape,
+    LinformerConfig,
+    SlidingWindowConfig,
+    TransformerXLConfig,
+    kernels,
+)
 from hf_efficient_attn.ops.ranges import Tile, range_attention
 from hf_efficient_attn.registry import build
 
@@ -23,6 +31,7 @@ LAYERS = [  # head size, length, config
     (32, 130, SlidingWindowConfig(window=129, num_sinks=0)),
     (64, 333, BlockConfig(block_size=70, num_sinks=4)),
     (16, 259, TransformerXLConfig(segment_size=20, memory_size=50, num_sinks=30)),
+    (64, 333, CompressiveConfig(segment_size=16, memory_size=32, compressed_size=11, compression_rate=4, num_sinks=5)),
 ]
 
 
@@ -85,7 +94,7 @@ def test_large_logits_do_not_overflow() -> None:
         assert (got - want).abs().max() <= 2 * (other - want).abs().max() < 1e-3 * want.abs().max()
 
 
-@pytest.mark.parametrize("number", [0, 4, 5])
+@pytest.mark.parametrize("number", [0, 4, 5, 10])
 @pytest.mark.parametrize("splits", [(333,), (70, 263), (200, 1, 132), (128, 205)])
 def test_a_later_call_of_many_tokens(calls, splits, number) -> None:
     (dim, _, fields), length = LAYERS[number], 333
@@ -112,7 +121,9 @@ def test_tiles_see_what_they_say() -> None:
     far = [torch.randn(1, 1, 4, 16, generator=g) for _ in range(2)]
     bias = torch.tensor([[[0.5, float("-inf"), 9.0, 9.0]]])
     got = range_attention(query, (key, value), far, bias, [Tile(0, 3, 3, 7, 4, 2, 4)], scaling=0.3)
-    windowed = range_attention(query, (key, value), far, bias, [Tile(0, 3, 0, 9, 4, 2, 4, 3, 1)], scaling=0.3)
+    windowed = range_attention(
+        query, (key, value), far, bias, [Tile(0, 3, 0, 9, 4, 2, 4, floor=3, kept=1)], scaling=0.3
+    )
     for i in range(3):
         near = slice(3, 5 + i)
         logits = torch.cat([0.3 * key[0, 0, near] @ query[0, 0, i], 0.3 * far[0][0, 0, :1] @ query[0, 0, i] + 0.5])

@@ -1,10 +1,10 @@
 /*
  * Tiles of queries that each read a range of near keys and the ends of a far list: ops/ranges.py on a CPU, float32.
  *
- * tiles: of each, nine numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
- * near key that stands at the first query's position, the number of far keys at the begin of the list, the first of those
- * at its end, the near key that the first query's window begins with, and one past the near keys that are seen without
- * regard to a window. Query t of a tile sees, of the near keys before `limit`, those up to the one at its own position and
+ * tiles: of each, ten numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
+ * near key that stands at the first query's position, the number of far keys at the begin of the list, the first
+ * further one and one past the last, the near key that the first query's window begins with, and one past the near keys
+ * that are seen without regard to a window. Query t of a tile sees, of the near keys before `limit`, those up to the one at its own position and
  * from its window's begin on, which lies t after the first query's. With r_i the log-sum-exp of a query's logits and b_j
  * the bias of a far key:
  *
@@ -17,7 +17,7 @@
 
 #include "arithmetic.h"
 
-enum { KEYS = 128, FIELDS = 9 };
+enum { KEYS = 128, FIELDS = 10 };
 
 typedef struct {
     const float *key, *value, *bias;
@@ -30,8 +30,8 @@ typedef struct {
 static void find(Range *ranges, const long *tile, long listed, long limit, Range near, Range far) {
     ranges[0] = near, ranges[1] = ranges[2] = far;
     ranges[0].begin = tile[2], ranges[0].end = tile[3] < limit ? tile[3] : limit;
-    ranges[0].diagonal = tile[4], ranges[0].floor = tile[7], ranges[0].kept = tile[8];
-    ranges[1].end = tile[5], ranges[2].begin = tile[6], ranges[2].end = listed;
+    ranges[0].diagonal = tile[4], ranges[0].floor = tile[8], ranges[0].kept = tile[9];
+    ranges[1].end = tile[5], ranges[2].begin = tile[6], ranges[2].end = tile[7] < listed ? tile[7] : listed;
     for (int i = 1; i < 3; i++) ranges[i].diagonal = ranges[i].kept = listed;
 }
 

@@ -32,7 +32,7 @@ LANES = 16
 class Tile(NamedTuple):
     """
     Queries first..last-1. Query first + t sees the near keys begin..min(diagonal + t, end - 1), but of those from `kept` on
-    only the ones from floor + t on, and the far keys 0..far-1 and after..; at least one in all.
+    only the ones from floor + t on, and the far keys 0..far-1 and after..until-1; at least one in all.
     """
 
     first: int
@@ -42,6 +42,7 @@ class Tile(NamedTuple):
     diagonal: int
     far: int
     after: int
+    until: int = 2**40
     floor: int = -(2**40)
     kept: int = 0
 
@@ -89,25 +90,26 @@ def range_decoder(
     pattern: Segments | Band,
     slots: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
-    per_segment: int = 0,
+    seen: Callable[[int], tuple[int, int]] = lambda exact: (0, 0),
     *,
     scaling: float,
 ) -> Tensor:
     """
-    As `local_decoder` by the kernel, with the slots of the segments before the exact part as its far part: keys and values
-    (B, G or H, S, D), `per_segment` of each segment, bias (B or 1, H, S), -inf where a slot stands for nothing.
+    As `local_decoder` by the kernel, with slots of what lies before the exact part as its far part: keys and values (B, G or
+    H, S, D), bias (B or 1, H, S), -inf where a slot stands for nothing. seen(exact): begin and end of the slots that a query
+    sees whose exact part begins at position `exact`.
     """
     near, sinks = (context.key, context.value), context.sink_key.shape[2]
     if slots is None:
         slots, bias = tuple(x[:, :, :0] for x in near), query.new_zeros(1, query.shape[1], 0)
-    first, listed, tiles = context.first, sinks + bias.shape[2], []
+    first, tiles = context.first, []
     begin, end = first + context.new, first + context.new + query.shape[2]
     low = begin
     while low < end:
         high, start = min(pattern.until(low), end), pattern.begin_of(low)
         exact = max(start, 0)
-        seen = exact if exact < sinks else sinks + (exact // pattern.step * per_segment if per_segment else 0)
-        tile = Tile(low - begin, high - begin, exact - first, high - first, low - first, seen, listed)
+        far = [min(exact, sinks), *(sinks + slot for slot in seen(exact))]
+        tile = Tile(low - begin, high - begin, exact - first, high - first, low - first, *far)
         if pattern.slides:
             tile = tile._replace(floor=start - first, kept=sinks - first)
         tiles.append(tile)

@@ -141,7 +141,11 @@ def summary_decoder(
             added = added[:, None].expand(1, -1, visible.size)
             if visible.exists is not None:
                 added = added.masked_fill(~visible.exists[:, :, 0], float("-inf"))
-            return range_decoder(query, context, pattern, slots, added, summary.slots, scaling=scaling)
+
+            def seen(exact: int) -> tuple[int, int]:
+                return 0, exact // segment_size * summary.slots
+
+            return range_decoder(query, context, pattern, slots, added, seen, scaling=scaling)
 
         def far(position: Count) -> Part:
             return Part(*slots, mask=lambda begin, end: visible(position, begin, end), bias=bias)

@@ -30,7 +30,8 @@ from torch.nn.functional import pad
 from ..caching import Count, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.joint import Part
-from ..ops.local import Blocks, Segments, local_decoder, reads_directly, remember, segment_encoder
+from ..ops.local import Blocks, Segments, in_ranges, local_decoder, reads_directly, remember, segment_encoder
+from ..ops.ranges import range_decoder
 from ..ops.rows import shift
 from ..ops.summaries import remember_slots
 from ..registry import register_variant
@@ -127,6 +128,10 @@ class CompressiveAttention(EfficientAttention):
             store.keep_from((count + (n if lengths is None else lengths)) // b * self.slots - most, most)
             store.map_tensors(Tensor.detach)
         slots = _Slots(config, *slots, config.num_sinks // c)
+        if in_ranges(query, context, pattern, dropout):
+            bias = self.slot_bias[None, :, None].expand(1, -1, slots.key.shape[2])
+            pair = slots.key, slots.value
+            return range_decoder(query, context, pattern, pair, bias, slots.seen_before, scaling=scaling)
         end, direct = context.first + context.key.shape[2], reads_directly(n, context, pattern)
 
         def far(position: Count) -> Part:
@@ -174,6 +179,12 @@ class _Slots:
         config = self.config
         start = position // config.segment_size * config.segment_size
         return (start - config.memory_size) // config.compression_rate - config.compressed_size
+
+    def seen_before(self, exact: int) -> tuple[int, int]:
+        """Begin and end of what queries see whose exact part begins there, in the tensors; only where `first` is an int."""
+        end = exact // self.config.compression_rate
+        begin = max(end - self.config.compressed_size, self.begin, self.first)
+        return begin - self.first, max(end, begin) - self.first
 
     def of_any(self, position: Count, bias: Tensor) -> Part:
         """All slots under one mask, for queries at position + 0, 1, ..."""

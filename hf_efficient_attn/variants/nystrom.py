@@ -235,7 +235,9 @@ class NystromAttention(EfficientAttention):
         if in_ranges(query, context, pattern, dropout):
             tokens = self._log_counts(0, size, device)
             bias = self.slot_bias[:, None] + tokens.to(query).masked_fill(tokens < 0, float("-inf"))
-            return range_decoder(query, context, pattern, slots, bias[None], 1, scaling=scaling)
+            return range_decoder(
+                query, context, pattern, slots, bias[None], lambda exact: (0, exact // b), scaling=scaling
+            )
         index = torch.arange(size, device=device)
         whole = -(-sinks // b)  # the first segment without a sink; the one before it may hold tokens, too
         ranges = [(whole - 1, whole)] if sinks % b else []
