@@ -27,7 +27,7 @@ mean over distant tokens blurs their high frequencies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from torch.nn.functional import pad
 from ..caching import Buffer, Count, Node, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
-from ..ops.joint import Part, joint_attention_and_lse
+from ..ops.joint import HUGE, Part, joint_attention_and_lse
 from ..ops.local import Blocks
 from ..ops.rows import shift
 from ..ops.sorted_band import Intervals, SortedBand
@@ -46,7 +46,7 @@ from ..ops.tiles import largest_places
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention, HostShape
 
-ROWS = 64  # mean queries that read one prefix of the keys, but for what lies between the ends of their own
+ROWS = 64  # mean queries that read one prefix of the keys, where chunks have fewer
 SCORES = 2**18  # of those mean queries that exist at one time
 STEP = 16  # new tokens up to which queries are not put into frames of whole chunks
 ABSENT = -1e6  # added to the score of a cluster without a member
@@ -56,7 +56,7 @@ ABSENT = -1e6  # added to the score of a cluster without a member
 class ClusteredConfig(EfficientAttentionConfig):
     """Hyper-parameters of `clustered`."""
 
-    num_clusters: int = option(64, "clusters of an encoder's row, or of a decoder's chunk", minimum=1)
+    num_clusters: int = option(32, "clusters of an encoder's row, or of a decoder's chunk", minimum=1)
     improved: bool = option(True, "each query reads its cluster's `top_k` keys by itself")
     top_k: int = option(32, "of the paper's improved form, keys per cluster", minimum=1)
     chunk_size: int = option(512, "decoder: tokens whose queries are clustered together", minimum=1)
@@ -276,22 +276,16 @@ class ClusteredAttention(EfficientAttention):
         """The first three of `Read`. Chunk i of means (B, H, I, C, D) sees the keys (B, G, S, D) before first + i step."""
         (chunks, clusters), size = means.shape[2:4], key.shape[2]
         ends = (column(first) + step * torch.arange(chunks, device=key.device)).view(-1, chunks)
-        rows, parts, tops = means.flatten(2, 3), [], []
-        width = max(1, ROWS // clusters)
+        ends, parts, width = ends.repeat_interleave(clusters, 1), [], max(1, ROWS // clusters)
         for begin in range(0, chunks, width):
             last = min(begin + width, chunks)
-            end = first + (last - 1) * step if isinstance(first, int) else size
             span = begin * clusters, last * clusters
-            seen = _Past(ends[:, begin:last].repeat_interleave(clusters, 1), end, None)
-            if self.config.improved:
-                top = _top(rows[:, :, slice(*span)], key, seen, self._top_k)
-                tops.append(top)
-                seen = seen._replace(top=top)
-            plain = isinstance(first, int) and last == begin + 1 and not self.config.improved
-            parts.append(_prefix(key, value, end, None if plain else seen, span))
-        output, lse = joint_attention_and_lse(rows, parts, **options)
-        top = torch.cat(tops, 2) if tops else torch.zeros(*lse.shape, 0, dtype=torch.int64, device=key.device)
-        return tuple(x.unflatten(2, (chunks, clusters)) for x in (output, lse, top))
+            end = first + (last - 1) * step if isinstance(first, int) else size
+            cut = None if isinstance(first, int) and last == begin + 1 else ends[:, slice(*span)]
+            parts.append(MeanRead.of(means.flatten(2, 3), key, value, self._top_k, span, end, cut))
+        output, lse = joint_attention_and_lse(means.flatten(2, 3), parts, **options)
+        read = output, lse, torch.cat([part.top for part in parts], 2)
+        return tuple(x.unflatten(2, (chunks, clusters)) for x in read)
 
     def _band(self, top, key, value, cluster, stand, past, tile: int) -> SortedBand:
         """
@@ -331,48 +325,83 @@ def k_means(code: Tensor, clusters: int, iterations: int, lengths: Tensor | None
     return (code @ centres.mT).argmax(-1), centres
 
 
-class _Past(NamedTuple):
+@dataclass(frozen=True)
+class MeanRead:
     """
-    The mask of mean queries (B, H, R, D), as `Part.mask`: each sees the keys before ends (1 or B, R), of which there are
-    `size` at most, without those in top (B, H, R, K).
+    A part for `joint_attention`: some of the mean queries, those of `span`, read the first `end` keys (B, G, S, D), without
+    those in top (B, H, R, K); each only those before cut (1 or B, R), where this is given. Their weights are formed, since
+    what a mean query leaves out is its own and a mask costs a fused kernel more than it spares.
     """
 
-    ends: Tensor
-    size: int
-    top: Tensor | None
+    key: Tensor
+    value: Tensor
+    top: Tensor
+    span: tuple[int, int]
+    end: int
+    cut: Tensor | None
+    bias: None = None
 
-    def __call__(self, begin: int, end: int) -> Tensor:
-        slot = torch.arange(self.size, device=self.ends.device)
-        seen = (slot < self.ends[:, begin:end, None])[:, None]
-        if self.top is None:
-            return seen
-        top = self.top[:, :, begin:end]
-        return seen.expand(*top.shape[:3], -1).scatter(3, top, False)
+    @staticmethod
+    @torch.no_grad()
+    def of(means: Tensor, key: Tensor, value: Tensor, most: int, span: tuple[int, int], end: int, cut: Tensor | None):
+        """The part with the `most` keys that each of its means (B, H, .., D) has the largest products with as its `top`."""
+        means, tops = means[:, :, slice(*span)], []
+        part = MeanRead(key, value, means.new_zeros(*means.shape[:3], 0, dtype=torch.int64), span, end, cut)
+        if most == 0:
+            return part
+        chunk = max(1, SCORES // max(1, means.shape[:2].numel() * end))
+        for rows in torch.arange(means.shape[2]).split(chunk):
+            piece = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = part._logits(means[:, :, piece], key.to(means.dtype), 1.0, piece)
+            tops.append(largest_places(logits.to(torch.float32), min(most, end)))
+        return replace(part, top=pad(torch.cat(tops, 2), (0, most - tops[0].shape[3])))
+
+    def accumulate(self, output: None, total: None, query, key, value, bias, scaling, dropout):
+        """As `Part.accumulate`, of queries that no other part serves."""
+        logits, kept = self._logits(query, key, scaling), None
+        lse = logits.logsumexp(-1)
+        weights = logits.sub_(lse.masked_fill(lse == float("-inf"), HUGE)[..., None]).exp_()
+        if dropout:
+            kept = torch.rand_like(weights) >= dropout
+            weights.mul_(kept).div_(1 - dropout)
+        return self._weighted(weights, value).view(query.shape), lse, kept
+
+    def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, kept):
+        """As `Part.differentiate`; the gradients of key and value are of the first `end`."""
+        grad, output, groups = grad.to(total.dtype), output.to(total.dtype), key.shape[1]
+        weights = self._logits(query, key, scaling).sub_(total[..., None]).exp_()
+        dweights = _grouped(grad, groups) @ value[:, :, : self.end].mT
+        dweights = dweights.view(weights.shape)
+        dropped = weights
+        if dropout:
+            dropped = weights * kept / (1 - dropout)
+            dweights.mul_(kept).div_(1 - dropout)
+        dv = _grouped(dropped, groups).mT @ _grouped(grad, groups)
+        dlogits = dweights.sub_((grad * output).sum(-1, keepdim=True)).mul_(weights).mul_(scaling)
+        dk = _grouped(dlogits, groups).mT @ _grouped(query, groups)
+        return self._weighted(dlogits, key).view(query.shape), dk, dv, None
+
+    def scatter(self, total: Tensor, x: Tensor) -> None:
+        """Adds x, of the first `end` keys, to total (B, G, S, D)."""
+        total[:, :, : self.end] += x
+
+    def _logits(self, query: Tensor, key: Tensor, scaling: float, rows: slice = slice(None)) -> Tensor:
+        """(B, H, r, end), of mean queries (B, H, r, D), the `rows` of this part; -inf at keys that they do not read."""
+        logits = _grouped(query * scaling, key.shape[1]) @ key[:, :, : self.end].mT
+        logits = logits.view(*query.shape[:3], -1)
+        if self.cut is not None:
+            slot = torch.arange(self.end, device=key.device)
+            logits.masked_fill_((slot >= self.cut[:, rows, None])[:, None], float("-inf"))
+        return logits.scatter_(3, self.top[:, :, rows], float("-inf"))
+
+    def _weighted(self, weights: Tensor, x: Tensor) -> Tensor:
+        """(B, H, r, end) and (B, G, S, D) -> (B, G, H / G r, D)."""
+        return _grouped(weights, x.shape[1]) @ x[:, :, : self.end]
 
 
-@torch.no_grad()
-def _top(means: Tensor, key: Tensor, past: _Past, most: int) -> Tensor:
-    """(B, H, R, K): the keys with which the means (B, H, R, D) have the largest products."""
-    groups, rows = key.shape[1], means.shape[2]
-    picks, tops = min(most, past.size), []
-    key = key[:, :, : past.size].to(means.dtype).mT
-    chunk = max(1, SCORES // max(1, means.shape[:2].numel() * past.size))
-    for begin in range(0, rows, chunk):
-        piece = means[:, :, begin : begin + chunk]
-        scores = piece.unflatten(1, (groups, -1)).flatten(2, 3) @ key
-        scores = scores.to(torch.float32).view(*piece.shape[:3], -1)
-        seen = past(begin, begin + piece.shape[2])
-        tops.append(largest_places(scores.masked_fill_(~seen, float("-inf")), picks))
-    return pad(torch.cat(tops, 2), (0, most - picks))
-
-
-def _prefix(key: Tensor, value: Tensor, end: int, seen: _Past | None, span: tuple[int, int]) -> Part:
-    """These mean queries see the keys before `end`, or what the mask says of them."""
-
-    def add(total: Tensor, x: Tensor) -> None:
-        total[:, :, :end] += x
-
-    return Part(key, value, gather=lambda x: x[:, :, :end], scatter=add, mask=seen, span=span)
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(B, H, r, E) -> (B, G, H / G r, E)."""
+    return x.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
 def _lse_of_top(means: Tensor, key: Tensor, top: Tensor, end: Count, scaling: float) -> Tensor:
