@@ -126,3 +126,14 @@ static void gather(const float *x, long stride, long m, long dim, float factor, 
             for (long u = 0; u < W; u++) *(vec *)(out + (p + u) * T + i) = square[u];
         }
 }
+
+/* Inverse of `gather`, into rows dim apart. */
+static void scatter(const float *x, long m, long dim, float *out) {
+    for (long i = 0; i < m; i += W)
+        for (long p = 0; p < dim; p += W) {
+            vec square[W];
+            for (long u = 0; u < W; u++) square[u] = *(const vec *)(x + (p + u) * T + i);
+            turn(square);
+            for (long u = 0; u < W && i + u < m; u++) *(vec *)(out + (i + u) * dim + p) = square[u];
+        }
+}

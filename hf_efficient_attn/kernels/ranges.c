@@ -35,17 +35,6 @@ static void find(Range *ranges, const long *tile, long listed, long limit, Range
     for (int i = 1; i < 3; i++) ranges[i].diagonal = ranges[i].kept = listed;
 }
 
-/* Inverse of `gather`, into rows dim apart. */
-static void scatter(const float *x, long m, long dim, float *out) {
-    for (long i = 0; i < m; i += W)
-        for (long p = 0; p < dim; p += W) {
-            vec square[W];
-            for (long u = 0; u < W; u++) square[u] = *(const vec *)(x + (p + u) * T + i);
-            turn(square);
-            for (long u = 0; u < W && i + u < m; u++) *(vec *)(out + (i + u) * dim + p) = square[u];
-        }
-}
-
 /* Logits (n, T), of which the first `wide` columns, of keys begin.. of a range. */
 static void logits(const Range *r, long begin, long n, long wide, long dim, const float *qt, float *s) {
     product(n, wide, dim, r->key + begin * r->ks, r->ks, 1, qt, T, s, T, 0);

@@ -101,13 +101,18 @@ def attend_linearly(
     weights: Weights | None = None,
 ) -> Tensor:
     """`linear_attention` for a variant whose decoder state is the sums alone."""
-    stored = {} if state is None else state.entries
-    before = Sums(stored["total"], stored["top"]) if "total" in stored else None
+    before = None if state is None else stored_sums(state)
     output, after = linear_attention(
         query, key, value, features, causal=causal, lengths=lengths, before=before, weights=weights
     )
-    stored.update(total=after.total, top=after.top)
+    if state is not None:
+        state.entries.update(total=after.total, top=after.top)
     return output
+
+
+def stored_sums(state: AttentionState) -> Sums | None:
+    """What earlier calls left under "total" and "top"."""
+    return Sums(state.entries["total"], state.entries["top"]) if "total" in state.entries else None
 
 
 @torch.compiler.disable

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from ..caching import AttentionState
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, attend_linearly, project
+from ..ops.chunked_scan import Features, attend_linearly, project, stored_sums
+from ..ops.exponentials import exponential_attention, has_kernel
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 
@@ -99,13 +100,25 @@ class PerformerAttention(EfficientAttention):
             directions = self._directions(state)
         directions = directions.to(torch.promote_types(query.dtype, torch.float32))
         if self.config.kernel == "softmax":
-            features = self._softmax(directions, scaling, len(query))
+            output = self._estimate(query, key, value, directions, scaling, causal=causal, lengths=lengths, state=state)
         else:
             features = self._relu(directions)
-        output = attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
+            output = attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
         if self.config.redraw_interval and self.training and output.requires_grad:
             self._count(output)
         return output
+
+    def _estimate(self, query, key, value, directions, scaling: float, *, causal, lengths, state) -> Tensor:
+        """Softmax attention, by the compiled kernel where it can do this."""
+        maps = directions * math.sqrt(scaling)
+        if causal and has_kernel(query, maps, state):
+            before = None if state is None else stored_sums(state)
+            output, after = exponential_attention(query, key, value, maps, scaling / 2, lengths=lengths, before=before)
+            if state is not None:
+                state.entries.update(total=after.total, top=after.top)
+            return output
+        features = self._softmax(directions, scaling, len(query))
+        return attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
 
     def _softmax(self, directions: Tensor, scaling: float, batch: int) -> Features:
         def key(x: Tensor, w: Tensor) -> Tensor:

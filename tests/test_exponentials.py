@@ -1,0 +1,112 @@
+"""Exponential features by the compiled kernel: as near to double precision as PyTorch's operators are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_efficient_attn import HostShape, PerformerConfig, kernels
+from hf_efficient_attn.registry import build
+
+pytestmark = pytest.mark.skipif(kernels.load("exponentials") is None, reason="no C compiler here")
+
+HEADS, DIM, SCALING = 4, 32, 0.2
+
+
+def layer(kv_heads: int, dtype=torch.float32):
+    return build(PerformerConfig(num_features=48), HostShape(HEADS, kv_heads, DIM, HEADS * DIM, True)).to(dtype)
+
+
+def inputs(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32) -> list[Tensor]:
+    """Heads lie side by side in memory. The last keys are `growth` times as long as the first."""
+    g = torch.Generator().manual_seed(0)
+    args = [torch.randn(3, length, heads, DIM, generator=g).transpose(1, 2) for heads in (HEADS, kv_heads, kv_heads)]
+    args[1] = args[1] * torch.linspace(1, growth, length)[:, None]
+    return [x.to(dtype).requires_grad_() for x in args]
+
+
+def results(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32) -> list[Tensor]:
+    """Output and gradients, of a batch with padding."""
+    module, args = layer(kv_heads, dtype), inputs(length, kv_heads, growth, dtype)
+    padding = torch.arange(length) >= torch.tensor([0, length // 3, length - 1])[:, None]
+    output = module(*args, padding=padding, scaling=SCALING, causal=True)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), args)]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    names, call = [], kernels.call
+    monkeypatch.setattr(
+        kernels, "call", lambda function, *args: names.append(function.__name__) or call(function, *args)
+    )
+    return names
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("length", [2, 33, 64, 257, 600])
+def test_the_kernel_is_the_scan(calls, length, kv_heads) -> None:
+    ours = results(length, kv_heads)
+    assert set(calls) == {"exponentials_forward", "exponentials_backward"}
+    calls.clear()
+    with kernels.off():
+        theirs, exact = results(length, kv_heads), results(length, kv_heads, dtype=torch.float64)
+    assert not calls
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).abs().max() <= 3 * (other - want).abs().max() + 1e-6 < 1e-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("growth", [5.0, 30.0])
+def test_references_rise_and_pieces_are_halved(growth) -> None:
+    """Keys so long that features of the last are exp(100) and more times those of the first."""
+    length = 300
+    w = layer(2).features
+    key = inputs(length, 2, growth)[1].detach()
+    raw = torch.einsum("gmd,bgnd->bgnm", w * SCALING**0.5, key) - SCALING / 2 * key.square().sum(-1, keepdim=True)
+    assert (raw.amax(2) - raw.amin(2)).max() > 50  # else nothing is tested
+    ours, exact = results(length, 2, growth), results(length, 2, growth, torch.float64)
+    with kernels.off():
+        theirs = results(length, 2, growth)
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert torch.isfinite(got).all()
+        assert (got - want).abs().max() <= 10 * (other - want).abs().max() + 1e-6 < 1e-2 * want.abs().max()
+
+
+@pytest.mark.parametrize("splits", [(333,), (70, 263), (1, 64, 200, 68)])
+@torch.no_grad()
+def test_calls_of_any_length(calls, splits) -> None:
+    module, args = layer(2), inputs(333, 2, 3.0)
+    padding = torch.arange(333) >= torch.tensor([0, 40, 100])[:, None]
+    with kernels.off():
+        want = module(*args, padding=padding, scaling=SCALING, causal=True)
+    state, outputs, done = module.make_state(), [], 0
+    for n in splits:
+        part = [x[:, :, done : done + n] for x in args]
+        own = padding[:, done : done + n]
+        done += n
+        state.update(*part[1:])
+        outputs.append(module(*part, padding=own, state=state, scaling=SCALING, causal=True))
+    assert calls.count("exponentials_forward") == 6 * len(splits)
+    torch.testing.assert_close(torch.cat(outputs, 2), want, atol=1e-5, rtol=1e-4)
+    with kernels.off():  # what the kernel left serves PyTorch's operators, and the other way round
+        state.update(*(x[:, :, :5] for x in args[1:]))
+        after = module(*(x[:, :, :5] for x in args), state=state, scaling=SCALING, causal=True)
+        whole = module(
+            *(torch.cat([x, x[:, :, :5]], 2) for x in args),
+            padding=torch.cat([padding, torch.ones(3, 5) > 0], 1),
+            scaling=SCALING,
+            causal=True,
+        )
+    torch.testing.assert_close(after, whole[:, :, 333:], atol=1e-5, rtol=1e-4)
+
+
+def test_what_needs_a_gradient_through_the_state_is_left_to_the_scan(calls) -> None:
+    module, args = layer(2), inputs(40, 2)
+    state = module.make_state()
+    for begin in (0, 20):
+        part = [x[:, :, begin : begin + 20] for x in args]
+        state.update(*part[1:])
+        output = module(*part, state=state, scaling=SCALING, causal=True)
+    (grad,) = torch.autograd.grad(output.sum(), args[2])
+    assert grad[:, :, :20].abs().max() > 0.1
