@@ -1,0 +1,117 @@
+"""
+Tables of README.md and docs/ are made from results files.
+
+    python -m examples.tables            # writes them
+    python -m examples.tables --check    # names the files that are out of date, and exits 1
+
+A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`. KIND is `decoders_2048` or
+`decoders_8192` (results of examples/perplexity.py), `encoders_2048` (of examples/embeddings.py), or `speed` (of
+benchmarks/attention.py); without labels all rows are shown. A results file that is not there gives no table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table: (\w+) ?([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(args)
+    stale = []
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = file.read_text(encoding="utf-8")
+        fresh = rewritten(text)
+        if fresh != text:
+            stale.append(file)
+            if not options.check:
+                file.write_text(fresh, encoding="utf-8")
+    for file in stale:
+        print(f"{file.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+    return 1 if stale and options.check else 0
+
+
+def rewritten(text: str) -> str:
+    """The text with every table as its results file has it now."""
+
+    def table(match: re.Match) -> str:
+        labels = [label.strip() for label in match[3].split(";") if label.strip()]
+        return match[1] + TABLES[match[2]](match[2], labels) + match[4]
+
+    return MARKED.sub(table, text)
+
+
+def _rows(name: str, labels: list[str]) -> tuple[dict, list[dict]]:
+    """The results and the rows asked for, in the order asked for; a label that is not there raises KeyError."""
+    results = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = {row["label"]: row for row in results["rows"]}
+    return results, [rows[label] for label in labels or rows]
+
+
+def _decoders(name: str, labels: list[str]) -> str:
+    if not (ROOT / "results" / f"{name}.json").exists():
+        return ""
+    results, rows = _rows(name, labels)
+    lines = [["variant", "perplexity", "rise", "peak memory", "cache"]]
+    for row in rows:
+        if "error" in row:
+            lines.append([f"`{row['label']}`", row["error"], "", "", ""])
+            continue
+        ratios = f"{row['peak_ratio']:.2f}", f"{row['cache_ratio']:.3f}"
+        lines.append([f"`{row['label']}`", f"{row['perplexity']:,.2f}", f"{row['rise_percent']:+,.1f} %", *ratios])
+    return _table(lines) + _made(
+        results, f"{rows[0]['length']:,} tokens; peak memory of the body and bytes of the cache over those of dense"
+    )
+
+
+def _encoders(name: str, labels: list[str]) -> str:
+    if not (ROOT / "results" / f"{name}.json").exists():
+        return ""
+    results, rows = _rows(name, labels)
+    lines = [["variant", "fidelity", "probe accuracy", "time", "peak memory"]]
+    for row in rows:
+        figures = [f"{row['fidelity']:.3f}", f"{row['probe_accuracy']:.3f}"]
+        lines.append([f"`{row['label']}`", *figures, *(f"{row[f'{c}_ratio']:.2f}" for c in ("seconds", "peak"))])
+    return _table(lines) + _made(results, "time and memory over those of dense")
+
+
+def _speed(name: str, labels: list[str]) -> str:
+    with (ROOT / "results" / "attention_cpu.csv").open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    values = {(row["variant"], row["mode"], row["metric"]): float(row["value"]) for row in found}
+    lines = [["variant", "encoder", "decoder", "peak memory, encoder", "decoder"]]
+    for variant in labels or dict.fromkeys(row["variant"] for row in found):
+        speeds = [f"{values[variant, mode, 'speedup']:.2f}x" for mode in ("encoder", "decoder")]
+        peaks = [f"{values[variant, mode, 'peak_ratio']:.2f}" for mode in ("encoder", "decoder")]
+        lines.append([f"`{variant}`", *speeds, *peaks])
+    return _table(lines)
+
+
+def _table(lines: list[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    rule = "| --- " + "| ---: " * (len(lines[0]) - 1) + "|"
+    return "\n".join(["", head, rule, *body, ""])
+
+
+def _made(results: dict, words: str) -> str:
+    return f"\nUntrained, {words}. Made by `{results['command']}`.\n"
+
+
+TABLES: dict[str, Callable[[str, list[str]], str]] = {
+    "decoders_2048": _decoders,
+    "decoders_8192": _decoders,
+    "encoders_2048": _encoders,
+    "speed": _speed,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

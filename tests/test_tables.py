@@ -1,0 +1,30 @@
+"""The tables of README and docs are what the results files hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from examples import tables  # noqa: E402
+from hf_efficient_attn import available_variants  # noqa: E402
+
+
+def test_tables_are_up_to_date(capsys) -> None:
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_changed_number_is_found() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.rewritten(text) == text
+    marked = text.index("<!-- table: decoders_2048")
+    place = text.index(".", text.index("`dense`", marked)) + 1
+    changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+    assert changed != text and tables.rewritten(changed) == text
+
+
+def test_every_variant_has_its_place_in_a_page() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "variants").glob("*.md"))
+    assert [name for name in available_variants() if pages.count(f"\n## `{name}`\n") != 1] == []
