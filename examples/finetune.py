@@ -47,7 +47,7 @@ from examples.objective import Objective
 from examples.options import parse
 from examples.recover import TransferObjective, transfer_recipe
 from examples.session import Session, broadcast, write_json
-from examples.training import Diverged, Recipe, evaluate_objective, train
+from examples.training import Diverged, Recipe, checkpoint_folder, evaluate_objective, train
 from examples.variants import RunSpec, read_runs
 from hf_efficient_attn import describe
 from hf_efficient_attn.recovery import attention_transfer
@@ -124,7 +124,9 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
                 models.merged(objective.model).save_pretrained(keep)
                 session.tokenizer.save_pretrained(keep)
     except Diverged as error:
-        row["status"], row["error"] = "diverged", str(error)
+        kept = checkpoint_folder(session.folder / run.folder)
+        words = f"; its last checkpoint is {kept}" if kept.exists() else ""
+        row["status"], row["error"] = "diverged", f"{error}{words}"
     except Exception as error:
         row["status"], row["error"] = "failed", f"{type(error).__name__}: {error}"
     finally:
@@ -132,7 +134,8 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
         accelerator.free_memory()
         gc.collect()
         bars.remove_task(task)
-    shutil.rmtree(session.folder / run.folder / "checkpoint", ignore_errors=True)
+    if row["status"] != "diverged":
+        shutil.rmtree(checkpoint_folder(session.folder / run.folder), ignore_errors=True)
     (session.folder / run.folder / "recovered.pt").unlink(missing_ok=True)
     return row
 

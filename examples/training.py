@@ -125,7 +125,8 @@ def train(
         log({"loss": summed, "learning_rate": rate}, progress.step)
         advance(1, f"loss {summed:.3f}")
         summed = 0.0
-        if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0 and progress.step < recipe.steps:
+        due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0 and progress.step < recipe.steps
+        if due and all(bool(p.isfinite().all()) for p in parameters):  # else the last good one stays
             _save(accelerator, folder, fingerprint, progress)
     return progress
 

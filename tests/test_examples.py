@@ -277,11 +277,15 @@ def test_runs_that_fail_or_diverge_are_rows_and_stop_nothing(folder, tmp_path):
             "1e30",
             "--max-grad-norm",
             "1e30",
+            "--checkpoint-every",
+            "1",
         )
     )
     rows = rows_of(results)
     assert rows["no such layer"]["status"] == "failed" and "7" in rows["no such layer"]["error"]
     assert rows["fine"]["status"] == "diverged" and "at step" in rows["fine"]["error"]
+    kept = Path(rows["fine"]["error"].split("its last checkpoint is ")[1])
+    assert all(x.isfinite().all() for x in torch.load(next(kept.glob("*model.bin")), weights_only=True).values())
     assert rows["fine"]["before"] and rows["fine"]["after"] is None
     text = (output / "report.md").read_text()
     assert "fine (diverged)" in text and "- no such layer failed: " in text
