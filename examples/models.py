@@ -83,6 +83,9 @@ def make_base(
         keywords |= {name: dropout for name, value in config.items() if "drop" in name and isinstance(value, float)}
     set_seed(seed)  # the new head's weights
     model = AUTO_CLASSES[task].from_pretrained(place, dtype=torch.float32, attn_implementation="sdpa", **keywords)
+    if "gguf_file" in keywords and getattr(model, "hf_quantizer", None) is not None:
+        # Its weights are float32 now, but Transformers refuses to save what was once quantised.
+        model.hf_quantizer.remove_quantization_config(model)
     if getattr(model.config, "efficient_attention", None):
         raise ValueError(f"{name} is patched already; fine-tune from the dense checkpoint it was made of.")
     if task == "classification":

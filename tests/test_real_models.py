@@ -6,10 +6,11 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from examples.embedded import model_source
-from examples.perplexity import load, perplexity, stretches
+from examples.models import make_base
+from examples.perplexity import load, measure, stretches
 from hf_efficient_attn import extend_positions, patched
 
 needs_minilm = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def smollm2():
 def topics(smollm2):
     model, tokenizer = smollm2
     parts = stretches(tokenizer, ["topics"], 2048, 2)
-    return parts, perplexity(model, parts)[0]
+    return parts, measure(model, parts)["perplexity"]
 
 
 def embeddings(model, tokenizer, max_length: int = 512) -> torch.Tensor:
@@ -106,7 +107,7 @@ def test_smollm2_dense_perplexity_is_the_known_one(topics) -> None:
 def test_smollm2_stays_near_dense_untrained(smollm2, topics, variant, hyper, bound) -> None:
     model, (parts, dense) = smollm2[0], topics
     with patched(model, variant, **hyper):
-        found = perplexity(model, parts)[0]
+        found = measure(model, parts)["perplexity"]
     assert dense * 0.99 < found <= bound
 
 
@@ -118,7 +119,7 @@ def test_smollm2_needs_its_sinks(smollm2, topics) -> None:
     found = {}
     for sinks in (0, 4):
         with patched(model, "sliding_window", window=256, num_sinks=sinks):
-            found[sinks] = perplexity(model, parts[:1])[0]
+            found[sinks] = measure(model, parts[:1])["perplexity"]
     assert found[0] > 1.3 * found[4]
 
 
@@ -134,3 +135,14 @@ def test_smollm2_generates_from_the_state_as_from_full_forwards(smollm2, variant
     with patched(model, variant, **hyper[variant]):
         cached = model.generate(**inputs, **options)
         assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+@needs_smollm2
+def test_smollm2_can_be_saved_though_its_file_is_quantised(smollm2, tmp_path) -> None:
+    model, tokenizer = smollm2
+    options = {"labels": None, "max_length": 1024, "extend": False, "seed": 0}
+    make_base("smollm2", "causal-lm", tokenizer, **options).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokenizer("Tea?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
