@@ -26,8 +26,9 @@ def test_right_or_refused(name: str, causal: bool, dtype: torch.dtype) -> None:
     try:
         got = second(lambda *x: run(module, *x), args)
     except RuntimeError as error:
-        assert any(word in str(error) for word in ("no second derivative", "is not implemented"))
-        return
+        if any(words in str(error) for words in ("no second derivative", "is not implemented")):
+            return
+        raise
     want = second(lambda *x: expected(subject, module, *x), args)
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() < 1e-2 * b.norm()
