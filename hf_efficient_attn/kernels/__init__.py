@@ -25,12 +25,20 @@ from typing import Any
 import torch
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+LANES, WIDEST = 16, 256  # floats of a kernel's vector; the largest head that it has room for
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 def load(name: str) -> ctypes.CDLL | None:
     """The library made of `<name>.c` beside this file, or None where kernels are off or cannot be compiled."""
     return None if _held_off or os.environ.get("HF_EFFICIENT_ATTN_KERNELS") == "0" else _compiled(name)
+
+
+def serving(name: str, query: torch.Tensor) -> ctypes.CDLL | None:
+    """The library, where it can read queries like these, (..., D): float32 on a CPU, and D a number of whole vectors."""
+    fits = query.shape[-1] % LANES == 0 and query.shape[-1] <= WIDEST and query.numel() > 0
+    plain = query.device.type == "cpu" and query.dtype is torch.float32
+    return load(name) if fits and plain else None
 
 
 _held_off: list[None] = []
@@ -75,7 +83,7 @@ def _processor() -> str:
 
 
 def call(function: Any, *arguments: torch.Tensor | int | float | None) -> None:
-    """Calls a kernel with contiguous tensors as pointers; other Python threads run meanwhile."""
+    """Calls a kernel with tensors as pointers to their first entry; other Python threads run meanwhile."""
     given = []
     for x in arguments:
         if isinstance(x, torch.Tensor):
@@ -93,6 +101,16 @@ def in_parallel(job: Callable[[Any], None], items: Iterable[Any]) -> None:
             job(item)
     else:
         list(_pool(threads).map(job, items))
+
+
+def for_each_head(job: Callable[[int, int], None], batch: int, heads: int) -> None:
+    """job(b, h) for every head of every row, as `in_parallel`."""
+    in_parallel(lambda i: job(*divmod(i, heads)), range(batch * heads))
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """x with its last axis contiguous, as `call` wants it where strides of the others are handed over."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @cache

@@ -113,8 +113,8 @@ INLINE void turn(vec *x) {
     }
 }
 
-/* (m, dim), rows `stride` apart, times factor -> (dim, T), zeros up to the next multiple of 16. */
-static void gather(const float *x, long stride, long m, long dim, float factor, float *out) {
+/* (m, dim), rows `stride` apart, times factor -> (dim, m), rows ldo apart, zeros up to the next multiple of 16. */
+static void gather(const float *x, long stride, long m, long dim, float factor, float *out, long ldo) {
     for (long i = 0; i < m; i += W)
         for (long p = 0; p < dim; p += W) {
             vec square[W];
@@ -123,7 +123,7 @@ static void gather(const float *x, long stride, long m, long dim, float factor, 
                 if (i + u < m) square[u] = *(const vec *)(x + (i + u) * stride + p) * factor;
             }
             turn(square);
-            for (long u = 0; u < W; u++) *(vec *)(out + (p + u) * T + i) = square[u];
+            for (long u = 0; u < W; u++) *(vec *)(out + (p + u) * ldo + i) = square[u];
         }
 }
 

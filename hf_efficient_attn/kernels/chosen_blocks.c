@@ -18,16 +18,6 @@ enum { R = 48 };
 
 #define FAR 20.0f /* exp(FAR) times as many weights as there are keys overflows nothing */
 
-static void transpose(const float *x, long m, long n, float *out) {
-    for (long i = 0; i < m; i += W)
-        for (long j = 0; j < n; j += W) {
-            vec square[W];
-            for (long u = 0; u < W; u++) square[u] = *(const vec *)(x + (i + u) * n + j);
-            turn(square);
-            for (long u = 0; u < W; u++) *(vec *)(out + (j + u) * m + i) = square[u];
-        }
-}
-
 static void copy_row(float *to, const float *from, long n) {
     for (long j = 0; j < n; j += W) *(vec *)(to + j) = *(const vec *)(from + j);
 }
@@ -74,7 +64,7 @@ void blocks_forward(const float *q, const float *k, const float *v, const int *r
     for (long b = 0; b < length / size; b++) {
         long at = (own + b) * size;
         int there = own + b < count;
-        if (there) transpose(k + at * dim, size, dim, kt);
+        if (there) gather(k + at * dim, dim, size, dim, 1.0f, kt, size);
         for (long h = 0; h < heads; h++)
             for (long begin = 0; begin < size; begin += R) {
                 long m = size - begin < R ? size - begin : R, row = h * length + b * size + begin;
@@ -93,7 +83,7 @@ void blocks_forward(const float *q, const float *k, const float *v, const int *r
     }
     for (long b = 0; b < count; b++) {
         long at = b * size;
-        if (start[b] < start[b + 1]) transpose(k + at * dim, size, dim, kt);
+        if (start[b] < start[b + 1]) gather(k + at * dim, dim, size, dim, 1.0f, kt, size);
         for (long begin = start[b]; begin < start[b + 1]; begin += R) {
             long m = start[b + 1] - begin < R ? start[b + 1] - begin : R;
             const int *chosen = rows + begin;
@@ -148,7 +138,7 @@ void blocks_backward(const float *q, const float *k, const float *v, const int *
     for (long b = 0; b < length / size; b++) {
         long at = (own + b) * size;
         int there = own + b < count;
-        if (there) transpose(k + at * dim, size, dim, kt), transpose(v + at * dim, size, dim, vt);
+        if (there) gather(k + at * dim, dim, size, dim, 1.0f, kt, size), gather(v + at * dim, dim, size, dim, 1.0f, vt, size);
         for (long h = 0; h < heads; h++)
             for (long begin = 0; begin < size; begin += R) {
                 long m = size - begin < R ? size - begin : R, row = h * length + b * size + begin;
@@ -164,7 +154,7 @@ void blocks_backward(const float *q, const float *k, const float *v, const int *
     for (long b = 0; b < count; b++) {
         long at = b * size;
         if (start[b] == start[b + 1]) continue;
-        transpose(k + at * dim, size, dim, kt), transpose(v + at * dim, size, dim, vt);
+        gather(k + at * dim, dim, size, dim, 1.0f, kt, size), gather(v + at * dim, dim, size, dim, 1.0f, vt, size);
         for (long begin = start[b]; begin < start[b + 1]; begin += R) {
             long m = start[b + 1] - begin < R ? start[b + 1] - begin : R;
             const int *chosen = rows + begin;
@@ -220,7 +210,7 @@ void choose_blocks(const float *features, const float *summaries, long rows, lon
         long m = rows - first < T ? rows - first : T, wide = (m + W - 1) / W * W, end = 0;
         vec top[T / W][MOST];
         ivec number[T / W][MOST], stands[T / W], until[T / W];
-        gather(features + first * width, width, m, width, 1.0f, ft);
+        gather(features + first * width, width, m, width, 1.0f, ft, T);
         for (long i = 0; i < wide; i++) {
             long at = own[i < m ? i : 0], limit = last < 0 ? at - 1 : last;
             stands[i / W][i % W] = at, until[i / W][i % W] = limit;

@@ -49,7 +49,7 @@ static int key_features(Scan *c, const float *k, long sk, long n, float *kt, flo
     long wide = (n + W - 1) / W * W;
     int leaves = !c->begun;
     vec norm[T / W] = {{0}};
-    gather(k, sk, n, c->dim, 1.0f, kt);
+    gather(k, sk, n, c->dim, 1.0f, kt, T);
     product(c->m, wide, c->dim, c->w, c->dim, 1, kt, T, phi, T, 0);
     for (long p = 0; p < c->dim; p++)
         for (long i = 0; i < wide / W; i++) norm[i] += *(vec *)(kt + p * T + i * W) * *(vec *)(kt + p * T + i * W);
@@ -96,7 +96,7 @@ static void enter(Scan *c, const float *phi, const float *v, long sv, long n) {
 static void query_features(const Scan *c, const float *q, long sq, long n, float *qt, float *phi) {
     long wide = (n + W - 1) / W * W;
     vec most[T / W];
-    gather(q, sq, n, c->dim, 1.0f, qt);
+    gather(q, sq, n, c->dim, 1.0f, qt, T);
     product(c->m, wide, c->dim, c->w, c->dim, 1, qt, T, phi, T, 0);
     for (long i = 0; i < wide / W; i++) most[i] = (vec){0} + NOTHING;
     for (long f = 0; f < c->m; f++)
@@ -143,17 +143,6 @@ static void add_later(long m, long n, const float *x, long xr, long xk, const fl
     product(m, first, n, x, xr, xk, a, T, c, T, 1);
     if (wide > first)
         product(m, wide - first, n - first, x + first * xk, xr, xk, a + first * T + first, T, c + first, T, 1);
-}
-
-/* (n, T) -> its transpose, zero beyond n. */
-static void flip(long n, const float *a, float *out) {
-    for (long i = 0; i < n; i += W)
-        for (long j = 0; j < n; j += W) {
-            vec square[W];
-            for (long u = 0; u < W; u++) square[u] = i + u < n ? *(const vec *)(a + (i + u) * T + j) : (vec){0};
-            turn(square);
-            for (long u = 0; u < W; u++) *(vec *)(out + (j + u) * T + i) = square[u];
-        }
 }
 
 /*
@@ -241,8 +230,8 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
                 gz[f] *= factor;
             }
             copy(gr, piece->r, m), any_later = 1;
-            gather(k + begin * sk, sk, size, dim, 1.0f, kt);
-            gather(v + begin * sv, sv, size, dim, 1.0f, vt);
+            gather(k + begin * sk, sk, size, dim, 1.0f, kt, T);
+            gather(v + begin * sv, sv, size, dim, 1.0f, vt, T);
             product(m, wide, dim, later, dim, 1, vt, T, of_k, T, 0);
             for (long f = 0; f < m; f++)
                 for (long i = 0; i < wide; i += W) *(vec *)(of_k + f * T + i) += gz[f];
@@ -262,7 +251,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
                     slope[i] = normaliser[row] > FLOOR ? -total_of(sum) : 0;
                 }
                 fill(slope, size, 0);
-                gather(gs, dim, size, dim, 1.0f, gt);
+                gather(gs, dim, size, dim, 1.0f, gt, T);
                 query_features(&now, q + h * hq + begin * sq, sq, size, qt, phi_q);
                 past(size, m, phi_k, 1, T, phi_q, a);
                 hide(size, a);
@@ -279,9 +268,9 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
                     }
                 product(dim, wide, m, w, 1, dim, of_q, T, ot, T, 0);
                 scatter(ot, size, dim, dq + (h * n + begin) * dim);
-                flip(size, d, turned);
+                gather(d, T, size, wide, 1.0f, turned, T);
                 add_later(m, size, phi_q, T, 1, turned, of_k);
-                flip(size, a, turned);
+                gather(a, T, size, wide, 1.0f, turned, T);
                 add_later(dim, size, gs, 1, dim, turned, of_v);
                 product(m, dim, size, phi_q, T, 1, gs, dim, later, dim, 1);
                 for (long f = 0; f < m; f++) {

@@ -58,7 +58,7 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
         find(ranges, tiles, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv, 0, 0, 0, 0, 0},
              (Range){fk, fv, bias, 0, 0, 0, dim, dim, 0, 0, 0, 0, 0});
         vec top[T / W], sum[T / W];
-        gather(q + first * sq, sq, m, dim, scaling, qt);
+        gather(q + first * sq, sq, m, dim, scaling, qt, T);
         for (long i = 0; i < dim * T; i++) ot[i] = 0;
         for (int i = 0; i < T / W; i++) top[i] = (vec){0} + NOTHING, sum[i] = (vec){0};
         for (const Range *r = ranges; r < ranges + 3; r++)
@@ -104,8 +104,8 @@ void ranges_backward(const float *q, long sq, const float *k, long sk, const flo
              (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, 0, 0, 0, 0});
         const float *g = grad + first * sg;
         float lse[T], delta[T];
-        gather(q + first * sq, sq, m, dim, scaling, qt);
-        gather(g, sg, m, dim, 1.0f, gt);
+        gather(q + first * sq, sq, m, dim, scaling, qt, T);
+        gather(g, sg, m, dim, 1.0f, gt, T);
         for (long i = 0; i < m; i++)
             for (long p = 0; p < dim; p += W)
                 *(vec *)(qs + i * dim + p) = *(const vec *)(q + (first + i) * sq + p) * scaling;

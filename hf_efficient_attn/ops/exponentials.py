@@ -22,15 +22,13 @@ from .chunked_scan import NEVER, Sums
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens, as in the kernel
-LANES, MOST_FEATURES, MOST_DIM = 16, 512, 256
+MOST_FEATURES = 512
 
 
 def has_kernel(query: Tensor, maps: Tensor, state: AttentionState | None) -> bool:
     """Whether `exponential_attention` can be called; sums that go from call to call get no gradient from it."""
-    fits = query.shape[3] % LANES == 0 and query.shape[3] <= MOST_DIM and maps.shape[1] <= MOST_FEATURES
-    plain = query.device.type == "cpu" and query.dtype is torch.float32 and query.numel() > 0
     alone = state is None or not torch.is_grad_enabled()
-    return fits and plain and alone and kernels.load("exponentials") is not None
+    return alone and maps.shape[1] <= MOST_FEATURES and kernels.serving("exponentials", query) is not None
 
 
 @torch.compiler.disable
@@ -65,19 +63,14 @@ class _Plan:
     def run(self, job: Callable[[int, int, slice], None], batch: int, groups: int, heads: int) -> None:
         """job(b, g, its query heads) for each key/value head of each row."""
         share = heads // groups
-
-        def numbered(i: int) -> None:
-            b, g = divmod(i, groups)
-            job(b, g, slice(g * share, (g + 1) * share))
-
-        kernels.in_parallel(numbered, range(batch * groups))
+        kernels.for_each_head(lambda b, g: job(b, g, slice(g * share, (g + 1) * share)), batch, groups)
 
 
 class _Exponentials(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, plan, query, key, value):
-        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = map(kernels.in_rows, (query, key, value))
         (batch, heads, n, dim), (groups, m) = query.shape, plan.maps.shape[:2]
         if plan.before is None:
             total, z = query.new_zeros(batch, groups, m, dim), query.new_zeros(batch, groups, m)
@@ -114,7 +107,7 @@ class _Exponentials(torch.autograd.Function):
     def backward(ctx, grad, *_):
         query, key, value, kept, output, normaliser = ctx.saved_tensors
         (batch, heads, n, dim), groups, plan = query.shape, key.shape[1], ctx.plan
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        grad = kernels.in_rows(grad)
         of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
 
         def job(b: int, g: int, own: slice) -> None:

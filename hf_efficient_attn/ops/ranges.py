@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .local import Band, Context, Segments
 
 QUERIES = 64  # of a tile, at most
-LANES = 16
 
 
 class Tile(NamedTuple):
@@ -54,9 +53,7 @@ class Tile(NamedTuple):
 
 def has_kernel(query: Tensor, dropout: float) -> bool:
     """Whether `range_attention` can be called for these queries."""
-    fits = query.shape[-1] % LANES == 0 and query.shape[-1] <= 256 and query.numel() > 0
-    plain = query.device.type == "cpu" and query.dtype is torch.float32 and dropout == 0
-    return fits and plain and kernels.load("ranges") is not None
+    return dropout == 0 and kernels.serving("ranges", query) is not None
 
 
 @torch.compiler.disable
@@ -136,8 +133,7 @@ class _Plan(NamedTuple):
         query, key, value, far_key, far_value, bias = given
         (batch, heads), groups = query.shape[:2], key.shape[1]
 
-        def group(i: int) -> None:
-            b, g = divmod(i, groups)
+        def group(b: int, g: int) -> None:
             for h in range(g * heads // groups, (g + 1) * heads // groups):
                 near = query[b, h], query.stride(2), key[b, g], key.stride(2), value[b, g], value.stride(2)
                 f = h * far_key.shape[1] // heads
@@ -145,14 +141,14 @@ class _Plan(NamedTuple):
                 rest = self.limits[b], self.tiles, len(self.tiles), query.shape[3], self.scaling
                 kernels.call(function, *near, *far, *rest, *results(b, g, h))
 
-        kernels.in_parallel(group, range(batch * groups))
+        kernels.for_each_head(group, batch, groups)
 
 
 class _Ranges(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, plan, query, key, value, far_key, far_value, bias):
-        query, key, value = _rows(query), _rows(key), _rows(value)
+        query, key, value = map(kernels.in_rows, (query, key, value))
         far = far_key.contiguous(), far_value.contiguous()
         if plan.lead:
             far = [torch.cat([x[:, :, : plan.lead], y], 2) for x, y in zip((key, value), far, strict=True)]
@@ -169,9 +165,9 @@ class _Ranges(torch.autograd.Function):
     def backward(ctx, grad):
         *given, output, total = ctx.saved_tensors
         plan, query, bias = ctx.plan, given[0], given[5]
-        grad, of_query = _rows(grad), query.new_empty(query.shape)
+        grad, of_query = kernels.in_rows(grad), query.new_empty(query.shape)
         near, far = ([x.new_zeros(x.shape) for x in pair] for pair in (given[1:3], given[3:5]))
-        of_bias = query.new_zeros(*bias.shape, LANES)
+        of_bias = query.new_zeros(*bias.shape, kernels.LANES)
 
         def results(b: int, g: int, h: int) -> tuple:
             f = h * far[0].shape[1] // query.shape[1]
@@ -183,8 +179,3 @@ class _Ranges(torch.autograd.Function):
             for x, y in zip(near, far, strict=True):
                 x[:, :, : plan.lead] += y[:, :, : plan.lead]
         return None, of_query, *near, *(y[:, :, plan.lead :] for y in far), of_bias.sum(-1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last axis contiguous."""
-    return x if x.stride(3) == 1 else x.contiguous()

@@ -75,9 +75,8 @@ def block_attention(
 
 def _fits(query: Tensor, block_size: int, dropout: float) -> bool:
     """Whether the kernel can do this."""
-    sizes = all(size % 16 == 0 and size <= 256 for size in (query.shape[3], block_size))
-    plain = query.dtype is torch.float32 and query.device.type == "cpu" and not dropout
-    return sizes and plain and kernels.load("chosen_blocks") is not None
+    whole = block_size % kernels.LANES == 0 and block_size <= kernels.WIDEST
+    return whole and not dropout and kernels.serving("chosen_blocks", query) is not None
 
 
 @dataclass(frozen=True)
@@ -104,28 +103,22 @@ class _Plan:
             sizes = heads // groups, share, chosen.shape[2], chosen.shape[3], width, count
             kernels.call(self.library.sort_pairs, *own, *sizes, rows[b, g], start[b, g])
 
-        self.for_each_group(job, batch, groups)
+        kernels.for_each_head(job, batch, groups)
         return rows, start
 
-    def run(self, function: Any, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, start: Tensor, *rest) -> None:
-        """The kernel for each key/value head of each row, and its part of the `rest`: per query head, or per key/value head."""
+    def run(self, function: Any, given: list[Tensor], results: Callable[[int, int, slice], tuple]) -> None:
+        """The kernel for each key/value head g of each row b, with what results(b, g, its query heads) adds."""
+        query, key, value, rows, start = given
         (batch, groups), share = key.shape[:2], query.shape[1] // key.shape[1]
 
         def job(b: int, g: int) -> None:
-            heads = slice(g * share, (g + 1) * share)
+            own = slice(g * share, (g + 1) * share)
             sizes = key.shape[2] // self.block_size, self.own[b], query.shape[2], share, self.block_size, query.shape[3]
             used = None if self.used is None else self.used[b]
-            own = [x[b, g] if x.shape[1] == groups and share > 1 else x[b, heads] for x in rest]
-            kernels.call(
-                function, query[b, heads], key[b, g], value[b, g], rows[b, g], start[b, g], *sizes, self.scaling,
-                int(self.causal), used, *own,
-            )  # fmt: skip
+            tensors = query[b, own], key[b, g], value[b, g], rows[b, g], start[b, g]
+            kernels.call(function, *tensors, *sizes, self.scaling, int(self.causal), used, *results(b, g, own))
 
-        self.for_each_group(job, batch, groups)
-
-    @staticmethod
-    def for_each_group(job: Callable[[int, int], None], batch: int, groups: int) -> None:
-        kernels.in_parallel(lambda i: job(*divmod(i, groups)), range(batch * groups))
+        kernels.for_each_head(job, batch, groups)
 
 
 class _Blocks(torch.autograd.Function):
@@ -133,11 +126,11 @@ class _Blocks(torch.autograd.Function):
     @without_autocast
     def forward(ctx, plan, query, key, value, chosen, valid):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        rows, start = plan.sort(query, key, chosen, valid)
+        given = [query, key, value, *plan.sort(query, key, chosen, valid)]
         output, total, sums = torch.empty_like(query), *query.new_empty(2, *query.shape[:3])
-        plan.run(plan.library.blocks_forward, query, key, value, rows, start, output, total, sums)
+        plan.run(plan.library.blocks_forward, given, lambda b, g, own: (output[b, own], total[b, own], sums[b, own]))
         ctx.plan = plan
-        ctx.save_for_backward(query, key, value, rows, start, output, total)
+        ctx.save_for_backward(*given, output, total)
         return output
 
     @staticmethod
@@ -146,9 +139,12 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx, grad):
         *given, output, total = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in given[:3])
-        delta = torch.empty_like(total)
-        rest = output, total, grad.contiguous(), delta, dq, dk, dv
-        ctx.plan.run(ctx.plan.library.blocks_backward, *given, *rest)
+        grad, delta = grad.contiguous(), torch.empty_like(total)
+
+        def results(b: int, g: int, own: slice) -> tuple:
+            return *(x[b, own] for x in (output, total, grad, delta, dq)), dk[b, g], dv[b, g]
+
+        ctx.plan.run(ctx.plan.library.blocks_backward, given, results)
         return None, dq, dk, dv, None, None
 
 
@@ -164,17 +160,16 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
     """
     (batch, heads, length, width), (groups, count) = features.shape, summaries.shape[1:3]
     library = kernels.load("chosen_blocks") if features.device.type == "cpu" else None
-    if library is not None and width % 16 == 0 and width <= 512 and 0 < picks <= 64:
+    if library is not None and width % kernels.LANES == 0 and width <= 512 and 0 < picks <= 64:
         features, summaries, own = features.contiguous(), summaries.contiguous(), own.expand(batch, -1).contiguous()
         lasts = [-1] * batch if blocks is None else (blocks.expand(batch) - 1).tolist()
         chosen = torch.empty(batch, heads, length, picks, dtype=torch.int64)
 
-        def job(i: int) -> None:
-            b, h = divmod(i, heads)
+        def job(b: int, h: int) -> None:
             given = features[b, h], summaries[b, h * groups // heads], length, count, width, picks
             kernels.call(library.choose_blocks, *given, own[b], lasts[b], chosen[b, h])
 
-        kernels.in_parallel(job, range(batch * heads))
+        kernels.for_each_head(job, batch, heads)
         return chosen
     features, chosen = features.unflatten(1, (groups, -1)), []
     own = own[:, None, :, None]
