@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.embedded import MODELS
-from examples.perplexity import add_row, load, measure, open_results, read_variants, stretches
-from hf_efficient_attn import patched
+from examples.perplexity import load, measure, stretches
+from examples.rows import add_row, open_results, read_variants, swapped
 from hf_efficient_attn.selection import COSTS, DENSE, Budget, select_variants
 
 
@@ -60,10 +60,7 @@ def main(args: Sequence[str] | None = None) -> dict:
         for label, point in zip(table, found.uniform, strict=True)
     ]
     for label, mapping, labels, rise in rows:
-        if mapping:
-            with patched(model, mapping):
-                row = measure(model, parts)
-        else:
+        with swapped(model, mapping):
             row = measure(model, parts)
         dense = results["rows"][0] if results["rows"] else row
         row |= {"label": label, "layers": {name: labels.count(name) for name in dict.fromkeys(labels)}}

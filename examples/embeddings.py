@@ -6,15 +6,14 @@ What is left of a sentence encoder's embeddings when its attention is swapped an
 
 The model's learned positions are extended to `--max-length` if they end before. Embeddings are means over tokens, of length
 1. For every variant: `fidelity`, the mean cosine of a text's embedding with its dense one; `probe_accuracy`, of a
-logistic regression that is trained on the variant's embeddings of the training texts; and over those of dense in the
-same run the seconds and the peak memory. The file is written after every row, and rows that it holds already are not
-computed again.
+logistic regression that is trained on the variant's embeddings of the training texts; and over those of dense on the
+longest text the peak memory and the seconds, which dense and the variant take in turns. The file is written after every
+row, and rows that it holds already are not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS, model_source
-from examples.perplexity import add_row, open_results, read_variants
-from hf_efficient_attn import extend_positions, patch_model, unpatch_model
+from examples.rows import add_row, open_results, read_variants, seconds_ratio, swapped
+from hf_efficient_attn import extend_positions
 from hf_efficient_attn.measuring import peak_memory
 
 
@@ -46,6 +45,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     parser.add_argument("--max-length", type=int, default=2048, help="tokens that a text is cut at")
     parser.add_argument("--train-texts", type=int, default=200, help="to train the probe on")
     parser.add_argument("--test-texts", type=int, default=100, help="to report on")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of dense and variant that are timed")
     parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
@@ -73,24 +73,18 @@ def main(args: Sequence[str] | None = None) -> dict:
             dense = embed(model, texts)  # of an earlier run, whose embeddings were not kept
         row = {"label": label, "config": config}
         try:
-            if config is not None:
-                patch_model(model, config)
-            start = time.perf_counter()
-            found = embed(model, texts)
-            row["seconds"] = time.perf_counter() - start
-            row["peak_bytes"] = peak_memory(lambda: embed(model, [longest]))
+            with swapped(model, config):
+                found = embed(model, texts)
+                row["peak_bytes"] = peak_memory(lambda: embed(model, [longest]))
+            row["seconds_ratio"] = seconds_ratio(model, config, lambda: embed(model, [longest]), options.repeats)
             dense = found if config is None else dense
             row["fidelity"] = float((found * dense).sum(1).mean())
             probe = LogisticRegression(C=100.0, max_iter=2000).fit(found[: len(train)], labels[: len(train)])
             row["probe_accuracy"] = float(probe.score(found[len(train) :], labels[len(train) :]))
         except Exception as error:  # a variant that fails is a row that says so
             row["error"] = f"{type(error).__name__}: {error}"
-        finally:
-            if config is not None and type(model).__name__.startswith("Efficient"):
-                unpatch_model(model)
         base = done.get("dense", row)
         if "error" not in row and "error" not in base:
-            row["seconds_ratio"] = row["seconds"] / base["seconds"]
             row["peak_ratio"] = row["peak_bytes"] / base["peak_bytes"]
         results["tokens"] = sum(map(len, texts))
         add_row(results, row, options.output)

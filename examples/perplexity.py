@@ -6,33 +6,27 @@ trained.
         --variants sliding_window topk_blocks --output results.json
 
 Each text gives its first `--windows` stretches of `length` tokens. For every length and variant: perplexity, its rise
-over dense in per cent, and over those of dense in the same run the seconds, the peak memory and the bytes in the cache.
-The file is written after every row, and rows that it holds already are not computed again.
+over dense in per cent, and over those of dense in the same run the peak memory, the bytes in the cache, and the seconds,
+which dense and the variant take in turns. The file is written after every row, and rows that it holds already are not
+computed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import math
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
-import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
-import hf_efficient_attn
 from examples.embedded import MODELS, model_source, topics_text
-from hf_efficient_attn import available_variants, patch_model, unpatch_model
+from examples.rows import add_row, open_results, read_variants, seconds_ratio, swapped
+from hf_efficient_attn import available_variants
 from hf_efficient_attn.losses import causal_lm_losses
 from hf_efficient_attn.measuring import cache_bytes, peak_memory
 
@@ -72,72 +66,25 @@ def stretches(tokenizer, texts: Sequence[str], length: int, windows: int) -> lis
 
 
 @torch.no_grad()
+def read(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+    """The body's last hidden states, and the cache that it fills as at the start of `generate()`."""
+    return model.base_model(ids, use_cache=True)[:2]
+
+
+@torch.no_grad()
 def measure(model: torch.nn.Module, parts: Sequence[torch.Tensor]) -> dict[str, float | int]:
     """
-    `perplexity`, exp of the mean negative log-likelihood over all predicted tokens; `seconds` of the model's body, which
-    fills a cache as at the start of `generate()`; the most bytes that one call of it held above the weights, and the
-    bytes that its cache holds then.
+    `perplexity`, exp of the mean negative log-likelihood over all predicted tokens; the most bytes that reading one part
+    held above the weights, and the bytes that its cache holds then.
     """
-    total, tokens, seconds, peaks, caches = 0.0, 0, 0.0, [], []
+    total, tokens, peaks, caches = 0.0, 0, [], []
     for ids in parts:
-        cache, found = DynamicCache(), []
-
-        def read(ids=ids, cache=cache, found=found) -> None:
-            start = time.perf_counter()
-            found.append(model.base_model(ids, past_key_values=cache, use_cache=True)[0])
-            found.append(time.perf_counter() - start)
-
-        peaks.append(peak_memory(read, ids.device))
-        caches.append(cache_bytes(cache))
+        found = []
+        peaks.append(peak_memory(lambda ids=ids, found=found: found.extend(read(model, ids)), ids.device))
+        caches.append(cache_bytes(found[1]))
         losses, counted = causal_lm_losses(model, ids, hidden=found[0], chunk_size=256)
-        total, tokens, seconds = total + losses.sum().item(), tokens + int(counted.sum()), seconds + found[1]
-    return {
-        "perplexity": math.exp(total / tokens),
-        "seconds": seconds,
-        "peak_bytes": max(peaks),
-        "cache_bytes": max(caches),
-    }
-
-
-def read_variants(names: Sequence[str]) -> dict[str, dict | None]:
-    """label -> config; names of the registry, and YAML files label -> {variant: ..., ...}."""
-    chosen: dict[str, dict | None] = {"dense": None}
-    for name in names:
-        if name.endswith((".yaml", ".yml")):
-            chosen.update(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
-        else:
-            chosen[name] = {"variant": name}
-    return chosen
-
-
-def open_results(file: Path, settings: dict, program: str, args: Sequence[str] | None) -> dict:
-    """
-    The file's results, or new ones: `settings`, the `command`, `versions`, and `rows`.
-
-    Raises:
-        SystemExit: the file holds results of other settings.
-    """
-    results = {"settings": settings, "rows": []}
-    if file.exists():
-        results = json.loads(file.read_text(encoding="utf-8"))
-        if results.get("settings") != settings:
-            sys.exit(f"{program}: {file} holds another run, {results.get('settings')}; give another name.")
-    results["command"] = shlex.join(["python", "-m", program, *(args or sys.argv[1:])])
-    results["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_efficient_attn": hf_efficient_attn.__version__,
-    }
-    return results
-
-
-def add_row(results: dict, row: dict, file: Path) -> None:
-    """Adds the row and writes the file."""
-    results["rows"].append(row)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(row), flush=True)
+        total, tokens = total + losses.sum().item(), tokens + int(counted.sum())
+    return {"perplexity": math.exp(total / tokens), "peak_bytes": max(peaks), "cache_bytes": max(caches)}
 
 
 def main(args: Sequence[str] | None = None) -> dict:
@@ -146,6 +93,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     parser.add_argument("--texts", nargs="+", default=["topics"], help="text files (also .gz), or 'topics'")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
     parser.add_argument("--windows", type=int, default=2, help="stretches of each text")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of dense and variant that are timed")
     parser.add_argument("--variants", nargs="+", default=list(available_variants()), metavar="NAME|FILE")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
@@ -161,20 +109,17 @@ def main(args: Sequence[str] | None = None) -> dict:
                 continue
             row = {"label": label, "length": length, "config": config, "tokens": length * len(parts)}
             try:
-                if config is not None:
-                    patch_model(model, config)
-                row |= measure(model, parts)
+                with swapped(model, config):
+                    row |= measure(model, parts)
+                first = parts[0]
+                row["seconds_ratio"] = seconds_ratio(model, config, lambda: read(model, first), options.repeats)  # noqa: B023
             except Exception as error:  # a variant that fails is a row that says so
                 row["error"] = f"{type(error).__name__}: {error}"
-            finally:
-                if config is not None and type(model).__name__.startswith("Efficient"):
-                    unpatch_model(model)
             dense = done.get(("dense", length), row)
             if "perplexity" in row and "perplexity" in dense:
                 row["rise_percent"] = 100 * (row["perplexity"] / dense["perplexity"] - 1)
-                for cost in ("seconds", "peak", "cache"):
-                    name = cost if cost == "seconds" else f"{cost}_bytes"
-                    row[f"{cost}_ratio"] = row[name] / dense[name]
+                for cost in ("peak", "cache"):
+                    row[f"{cost}_ratio"] = row[f"{cost}_bytes"] / dense[f"{cost}_bytes"]
             add_row(results, row, options.output)
     show(results)
     return results

@@ -6,7 +6,7 @@ Tables of README.md and docs/ are made from results files.
 
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`. KIND is `decoders_2048` or
 `decoders_8192` (results of examples/perplexity.py), `encoders_2048` (of examples/embeddings.py), or `speed` (of
-benchmarks/attention.py); without labels all rows are shown. A results file that is not there gives no table.
+benchmarks/attention.py); without labels all rows are shown.
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ def _rows(name: str, labels: list[str]) -> tuple[dict, list[dict]]:
 
 
 def _decoders(name: str, labels: list[str]) -> str:
-    if not (ROOT / "results" / f"{name}.json").exists():
-        return ""
     results, rows = _rows(name, labels)
-    lines = [["variant", "perplexity", "rise", "peak memory", "cache"]]
+    lines = [["variant", "perplexity", "rise", "time", "peak memory", "cache"]]
     for row in rows:
         if "error" in row:
-            lines.append([f"`{row['label']}`", row["error"], "", "", ""])
+            lines.append([f"`{row['label']}`", row["error"], "", "", "", ""])
             continue
-        ratios = f"{row['peak_ratio']:.2f}", f"{row['cache_ratio']:.3f}"
+        ratios = f"{row['seconds_ratio']:.2f}", f"{row['peak_ratio']:.2f}", f"{row['cache_ratio']:.3f}"
         lines.append([f"`{row['label']}`", f"{row['perplexity']:,.2f}", f"{row['rise_percent']:+,.1f} %", *ratios])
     return _table(lines) + _made(
-        results, f"{rows[0]['length']:,} tokens; peak memory of the body and bytes of the cache over those of dense"
+        results,
+        f"{rows[0]['length']:,} tokens; time and peak memory of the body, and bytes of the cache, over those of dense",
     )
 
 
 def _encoders(name: str, labels: list[str]) -> str:
-    if not (ROOT / "results" / f"{name}.json").exists():
-        return ""
     results, rows = _rows(name, labels)
     lines = [["variant", "fidelity", "probe accuracy", "time", "peak memory"]]
     for row in rows:
+        if "error" in row:
+            lines.append([f"`{row['label']}`", row["error"], "", "", ""])
+            continue
         figures = [f"{row['fidelity']:.3f}", f"{row['probe_accuracy']:.3f}"]
         lines.append([f"`{row['label']}`", *figures, *(f"{row[f'{c}_ratio']:.2f}" for c in ("seconds", "peak"))])
     return _table(lines) + _made(results, "time and memory over those of dense")

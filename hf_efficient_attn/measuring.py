@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import DynamicCache
+from transformers import Cache
 
 from . import kernels
 
@@ -211,10 +211,9 @@ def measure_model(
     inference = cost(infer, lambda: None)
     cache = None
     if decodes:
-        filled = DynamicCache(config=model.config)
         with torch.no_grad(), autocast():
-            model(batch["input_ids"][:1], past_key_values=filled, use_cache=True, logits_to_keep=1)
-        cache = cache_bytes(filled)
+            output = model(batch["input_ids"][:1], use_cache=True, logits_to_keep=1)
+        cache = cache_bytes(next(part for part in output.to_tuple() if isinstance(part, Cache)))
     return ModelCost(size, length, train_step, inference, cache)
 
 

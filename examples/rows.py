@@ -1,0 +1,84 @@
+"""What the reports of untrained variants share: which variants, swapped in for a while, and a file of rows that can go on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import hf_efficient_attn
+from hf_efficient_attn import patched
+
+
+def read_variants(names: Sequence[str]) -> dict[str, dict | None]:
+    """label -> config, None for dense; names of the registry, and YAML files label -> {variant: ..., ...}."""
+    chosen: dict[str, dict | None] = {"dense": None}
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            chosen.update(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
+        else:
+            chosen[name] = {"variant": name}
+    return chosen
+
+
+def swapped(model: torch.nn.Module, variant: Any) -> AbstractContextManager:
+    """The model with this variant inside, and as it was afterwards; None or an empty mapping changes nothing."""
+    return patched(model, variant) if variant else nullcontext()
+
+
+def seconds_ratio(model: torch.nn.Module, variant: Any, run: Callable[[], Any], repeats: int) -> float:
+    """
+    Seconds of run() with the variant inside over those without: the median of `repeats` neighbouring pairs, so that a
+    machine that slows down meanwhile does so for both.
+    """
+    ratios = []
+    for _ in range(repeats):
+        pair = []
+        for inside in (None, variant):
+            with swapped(model, inside):
+                start = time.perf_counter()
+                run()
+                pair.append(time.perf_counter() - start)
+        ratios.append(pair[1] / pair[0])
+    return statistics.median(ratios)
+
+
+def open_results(file: Path, settings: dict, program: str, args: Sequence[str] | None) -> dict:
+    """
+    The file's results, or new ones: `settings`, the `command`, `versions`, and `rows`.
+
+    Raises:
+        SystemExit: the file holds results of other settings.
+    """
+    results = {"settings": settings, "rows": []}
+    if file.exists():
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if results.get("settings") != settings:
+            sys.exit(f"{program}: {file} holds another run, {results.get('settings')}; give another name.")
+    results["command"] = shlex.join(["python", "-m", program, *(args or sys.argv[1:])])
+    results["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_efficient_attn": hf_efficient_attn.__version__,
+    }
+    return results
+
+
+def add_row(results: dict, row: dict, file: Path) -> None:
+    """Adds the row and writes the file."""
+    results["rows"].append(row)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(row), flush=True)
