@@ -75,9 +75,10 @@ def masked_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
+    at_once: int = CHUNK,
 ) -> Tensor:
     """
-    Attention under any mask, `CHUNK` queries at a time: `visible(begin, end)` is bool (B or 1, H or 1, end - begin or
+    Attention under any mask, `at_once` queries at a time: `visible(begin, end)` is bool (B or 1, H or 1, end - begin or
     1, S' <= S), True = attend, over the first S' keys, or None where all are seen. A query that sees none gets zeros.
 
     In training a chunk is computed again in the backward pass (with the same dropout), so that no more than one chunk's
@@ -90,12 +91,12 @@ def masked_attention(
             key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
         return sdpa(part, key, value, mask=mask, scaling=scaling, dropout=dropout)
 
-    if query.shape[2] <= CHUNK:
+    if query.shape[2] <= at_once:
         return chunk(query, key, value, 0)
     again = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     outputs = []
-    for begin in range(0, query.shape[2], CHUNK):
-        inputs = (query[:, :, begin : begin + CHUNK], key, value, begin)
+    for begin in range(0, query.shape[2], at_once):
+        inputs = (query[:, :, begin : begin + at_once], key, value, begin)
         if again:
             outputs.append(checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
         else:

@@ -1,7 +1,7 @@
 """
 Attention among tokens of one label (a cluster, a bucket). Keys are put in order of (label, position); then what a query
 reads is one interval of ranks,
-    decoder: the `window` most recent keys of its label, at or before it,
+    decoder: the `window` most recent keys of its label, at or before it, and the sinks, which have none,
     encoder: the nearest `window` keys of its label on each side and its own, or a chunk of the order,
 and a causal band cut at label boundaries is the special case where queries and keys have the same labels. With several
 orders (rounds of hashing) a query reads the union of its intervals, each key once; its own key joins where none has it.
@@ -118,13 +118,15 @@ def past_attention(
     *,
     count: int,
     window: int,
+    num_sinks: int,
     lengths: Tensor | None,
     state: AttentionState | None,
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
     """
-    Decoder: token t reads, in every round, the `window` most recent keys j <= t of its query's label, and itself.
+    Decoder: token t reads, in every round, the `window` most recent keys j <= t of its query's label, itself, and of the
+    first `num_sinks` keys, which have no label, those at or before it.
 
     query (B, H, N, D), key and value (B, G, N, D), compacted, `lengths` (B,) or None; labels of queries (B, H, N, R) and
     keys (B, G, N, R), integers below `count`. state: what earlier calls left, or None; this call is added to it.
@@ -139,20 +141,22 @@ def past_attention(
         key_labels = state.store("labels", LabelStore).extend(labels, labels[..., :0], lengths).key
     position = (column(offset) + torch.arange(n, device=query.device)).expand(query.shape[0], n)
     if n <= STEP and state is not None:
-        slots, seen = _recent(query_labels, key_labels, position, window)
+        slots, seen = _recent(query_labels, key_labels, position, window, num_sinks)
         return gathered_attention(query, key, value, slots, seen, **options)
     used = live = None
     if lengths is not None or not isinstance(offset, int):
         total = torch.as_tensor(offset + (n if lengths is None else lengths)).view(-1, 1)
         used, live = torch.arange(key.shape[2], device=key.device) < total, position < total
-    rounds, alone = [], torch.ones(query.shape[:3], dtype=torch.bool, device=query.device)
+    slot = torch.arange(key.shape[2], device=key.device)
+    rounds, alone = [], (position >= num_sinks)[:, None].expand(query.shape[:3]).clone()
     for r in range(key_labels.shape[3]):
-        labels = Labels.of(key_labels[..., r], count, used)
+        labels = Labels.of(key_labels[..., r].masked_fill(slot < num_sinks, count), count, used)
         start, end, _ = labels.ranks(query_labels[..., r], position + 1, live)
         rounds.append(Intervals(labels.order, torch.maximum(start, end - window), end))
         alone &= query_labels[..., r] != _at(key_labels[..., r], position, query.shape[1])
     own = torch.where(alone, position[:, None], -1)
-    return interval_attention(query, key, value, rounds, own=own, **options)
+    sinks = Part(*(x[:, :, :num_sinks] for x in (key, value)), mask=(slot[:num_sinks] <= position[..., None])[:, None])
+    return interval_attention(query, key, value, rounds, own=own, beside=[sinks] if num_sinks else [], **options)
 
 
 @torch.compiler.disable
@@ -191,18 +195,21 @@ def _at(labels: Tensor, position: Tensor, heads: int) -> Tensor:
     return torch.gather(labels, 2, index).repeat_interleave(heads // labels.shape[1], 1)
 
 
-def _recent(query_labels: Tensor, key_labels: Tensor, position: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _recent(
+    query_labels: Tensor, key_labels: Tensor, position: Tensor, window: int, num_sinks: int
+) -> tuple[Tensor, Tensor]:
     """The keys that few queries read: slots (B, H, N, K) int64 and, alike, which of them count."""
     heads, groups, size, rounds = query_labels.shape[1], *key_labels.shape[1:]
     slot = torch.arange(size, device=key_labels.device, dtype=torch.int32)
     here = position[:, None, :, None]
-    visible = slot == here
+    visible = (slot == here) | ((slot < num_sinks) & (slot <= here))
     for r in range(rounds):
         keys = key_labels[..., r].repeat_interleave(heads // groups, 1)[:, :, None]
-        of_label = torch.where((keys == query_labels[..., r, None]) & (slot <= here), slot, -1)
+        among = (slot >= num_sinks) & (slot <= here)
+        of_label = torch.where((keys == query_labels[..., r, None]) & among, slot, -1)
         oldest = of_label.topk(min(window, size), -1).values[..., -1:]
         visible = visible | ((of_label >= oldest) & (of_label >= 0))
-    best = torch.where(visible, slot, -1).topk(min(rounds * window + 1, size), -1).values
+    best = torch.where(visible, slot, -1).topk(min(rounds * window + num_sinks + 1, size), -1).values
     return best.to(torch.int64), best >= 0
 
 
@@ -215,12 +222,14 @@ def interval_attention(
     *,
     own: Tensor | None = None,
     apart: Tensor | None = None,
+    beside: list[Part] | None = None,
     scaling: float,
     dropout: float = 0.0,
     tile: int = TILE,
 ) -> Tensor:
     """
-    Each query reads the union of its intervals, each key once; zeros where there is none.
+    Each query reads the union of its intervals, each key once, and the parts `beside` them, which share no key with them;
+    zeros where there is none.
 
     query (B, H, N, D), key and value (B, G, S, D). own, apart: (B, H, N) int64 or None, a slot that the query reads besides
     its intervals, which then do not hold it, and a slot that it never reads in an interval; -1 where there is none.
@@ -231,7 +240,7 @@ def interval_attention(
         earlier = [(before, before.ranks()) for before in rounds[:r]]
         tiles = _tiles(one, tile)
         bands.append(SortedBand(key, value, one, tiles, earlier, own if first else None, apart))
-    return joint_attention(query, bands, scaling=scaling, dropout=dropout)
+    return joint_attention(query, bands + (beside or []), scaling=scaling, dropout=dropout)
 
 
 def _tiles(intervals: Intervals, tile: int) -> list[tuple[Tensor, Tensor, int]]:

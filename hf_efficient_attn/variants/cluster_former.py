@@ -2,7 +2,8 @@
 Layers take turns: the even ones of the patched layers attend to a sliding window, the odd ones to tokens of their cluster.
 
     c_j = argmax_c centroid_c . k_j / |k_j|
-    decoder: output_t = softmax attention over the `window` most recent keys j <= t with c_j = c_t,
+    decoder: output_t = softmax attention over the `window` most recent keys j <= t with c_j = c_t, and the first
+        `num_sinks` tokens, which are in no cluster,
     encoder: tokens sorted by (c_j, j) and cut into chunks of `chunk_size`; softmax attention inside the chunk.
 
 Wang 2020, Cluster-Former (arXiv:2009.06097). A token's cluster is that of its key, so that it always reads itself. Centroids
@@ -47,21 +48,21 @@ class ClusterFormerConfig(EfficientAttentionConfig):
     )
     chunk_size: int = option(256, "encoder: tokens of a chunk of the sorted order", minimum=1)
     alternate: bool = option(True, "even patched layers are sliding windows; False: all layers cluster")
-    num_sinks: int = option(4, "first tokens that every later one sees, in sliding layers of decoders", minimum=0)
+    num_sinks: int = option(4, "decoder: first tokens, in no cluster, that every later one sees", minimum=0)
     decay: float = option(0.999, "of the centroids, per training step; 1: they stay", minimum=0.0, maximum=1.0)
     seed: int = option(0, "of the first centroids", minimum=0)
 
     @classmethod
     def tiny(cls, causal: bool) -> ClusterFormerConfig:
         fixed = {"decay": 1.0}  # the suite compares the gradients of successive steps
-        return cls(num_clusters=3, window=4, chunk_size=5, alternate=False, **fixed)
+        return cls(num_clusters=3, window=4, chunk_size=5, alternate=False, num_sinks=2, **fixed)
 
     @classmethod
     def variations(cls, causal: bool) -> list[ClusterFormerConfig]:
         sizes = {"window": 3, "chunk_size": 4}
         return [
             cls(num_clusters=2, num_sinks=2, **sizes),  # the layer of the suite is an even one
-            cls(num_clusters=1, alternate=False, **sizes),
+            cls(num_clusters=1, alternate=False, num_sinks=0, **sizes),
             cls(num_clusters=5, alternate=False, window=1, chunk_size=1, seed=3),
         ]
 
@@ -109,7 +110,8 @@ class ClusterFormerAttention(EfficientAttention):
             of_queries = labels.repeat_interleave(self.host.group_size, 1)
             return past_attention(
                 query, key, value, of_queries[..., None], labels[..., None],
-                count=config.num_clusters, window=config.window, lengths=lengths, state=state, **options,
+                count=config.num_clusters, window=config.window, num_sinks=config.num_sinks, lengths=lengths, state=state,
+                **options,
             )  # fmt: skip
         return self._chunks(query, key, value, labels, lengths, **options)
 

@@ -3,7 +3,7 @@ Tokens are hashed, and a query attends to keys of its own bucket:
 
     bucket(x) = argmax [x R; -x R],  R (D, num_buckets / 2) ~ N(0, 1),
     output_t = softmax attention over key t and, of the keys j with bucket(k_j) = bucket(q_t) in any of `num_hashes` rounds,
-        decoder: each round's `window` most recent at or before t,
+        decoder: each round's `window` most recent at or before t, and the first `num_sinks` tokens, which are in no bucket,
         encoder: each round's nearest `window` on each side of t,
 each key once: what a later round finds again is left out, which is what subtracting the logarithm of how often a key was
 seen amounts to.
@@ -21,8 +21,9 @@ one before it, without regard to buckets; itself only where it reads nothing els
 Cost N num_hashes (num_buckets + 2 window) D. State: all keys and values, and num_hashes labels for each key. Dense limit:
 num_buckets = 1, window >= N. No learned parameters.
 
-From the papers: the sorted order is not cut into chunks (but with `shared_qk`), because in a decoder a later token would
-move the borders of the chunks of earlier ones; the first chunk does not read the last one.
+From the papers: sinks, which pretrained decoders need (Xiao 2023); the sorted order is not cut into chunks (but with
+`shared_qk`), because in a decoder a later token would move the borders of the chunks of earlier ones; the first chunk does
+not read the last one.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class LshConfig(EfficientAttentionConfig):
         "keys per round: in a decoder at or before the query, in an encoder per side; with shared_qk of a chunk",
         minimum=1,
     )
+    num_sinks: int = option(
+        4, "decoder: first tokens, in no bucket, that every later one sees; 0: as in the paper", minimum=0
+    )
     shared_qk: bool = option(
         False, "encoders: queries serve as keys too, in chunks of the sorted order, as in Reformer"
     )
@@ -62,12 +66,12 @@ class LshConfig(EfficientAttentionConfig):
 
     @classmethod
     def tiny(cls, causal: bool) -> LshConfig:
-        return cls(num_buckets=2, num_hashes=3, window=3)
+        return cls(num_buckets=2, num_hashes=3, window=3, num_sinks=2)
 
     @classmethod
     def variations(cls, causal: bool) -> list[LshConfig]:
         return [
-            cls(num_buckets=4, num_hashes=1, window=2, seed=3),
+            cls(num_buckets=4, num_hashes=1, window=2, num_sinks=0, seed=3),
             cls(num_buckets=6, num_hashes=3, window=5),
             cls(num_buckets=1, num_hashes=2, window=3),
         ]
@@ -113,6 +117,7 @@ class LshAttention(EfficientAttention):
             labels = [self._hash(x, extra, row) for x, extra, row in zip((query, key), more, (-1, -2), strict=True)]
         sizes = {"count": config.num_buckets, "window": config.window}
         if causal:
+            sizes["num_sinks"] = config.num_sinks
             return past_attention(query, key, value, *labels, state=state, **sizes, **options)
         return near_attention(query, key, value, *labels, **sizes, **options)
 

@@ -45,6 +45,7 @@ from ..variant import EfficientAttention, HostShape
 from .transformer_xl import TransformerXLConfig
 
 FLOOR = 1e-4  # smallest diagonal entry that a decoder's matrix is divided by
+ROWS = 16  # landmarks that read at one time: their masks reach over all tokens
 NEVER = torch.finfo(torch.float32).min  # the logarithm of no token; finite, for rows that have nothing else
 
 
@@ -204,7 +205,8 @@ class NystromAttention(EfficientAttention):
             until = (begun_column + torch.arange(begin + 1, end + 1, device=device)[:, None]) * b
             return ((t >= config.num_sinks) & (t < until))[:, None]
 
-        read = masked_attention(q_mean, buffer.key.to(q_mean), buffer.value.to(q_mean), visible, scaling=scaling)
+        tokens = buffer.key.to(q_mean), buffer.value.to(q_mean)
+        read = masked_attention(q_mean, *tokens, visible, scaling=scaling, at_once=ROWS)
         held = store.entries
         keys, values = k_mean[:, :, :0], read[:, :, :0]
         if held["key"] is not None:

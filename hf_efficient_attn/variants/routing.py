@@ -4,7 +4,8 @@ Queries and keys are clustered, and a query attends to keys of its own cluster:
     c(x) = argmax_c centroid_c . x / |x|
     output_t = softmax attention over the chosen keys j with c(k_j) = c(q_t), and over key t in any case, once.
 
-Chosen are, in a decoder, the `window` most recent of them at or before t, and in an encoder the `window` nearest to the
+Chosen are, in a decoder, the `window` most recent of them at or before t, beside the first `num_sinks` tokens, which are in
+no cluster and read by all (pretrained decoders need them: Xiao 2023), and in an encoder the `window` nearest to the
 centroid, the same for all queries of the cluster. A cluster may have queries and no keys; then a query reads itself.
 
 Roy 2020, Routing Transformer (arXiv:2003.05997). Centroids belong to key/value heads and are a buffer, `centroids`
@@ -39,16 +40,25 @@ class RoutingConfig(EfficientAttentionConfig):
 
     num_clusters: int = option(16, "centroids per key/value head", minimum=1)
     window: int = option(256, "keys of its cluster that a query reads", minimum=1)
+    num_sinks: int = option(
+        4, "decoder: first tokens, in no cluster, that every later one sees; 0: as in the paper", minimum=0
+    )
     decay: float = option(0.999, "of the centroids, per training step; 1: they stay", minimum=0.0, maximum=1.0)
     seed: int = option(0, "of the first centroids", minimum=0)
 
     @classmethod
     def tiny(cls, causal: bool) -> RoutingConfig:
-        return cls(num_clusters=3, window=4, decay=1.0)  # the suite compares the gradients of successive steps
+        return cls(
+            num_clusters=3, window=4, num_sinks=2, decay=1.0
+        )  # the suite compares the gradients of successive steps
 
     @classmethod
     def variations(cls, causal: bool) -> list[RoutingConfig]:
-        return [cls(num_clusters=1, window=3), cls(num_clusters=5, window=1, seed=3), cls(num_clusters=2, window=64)]
+        return [
+            cls(num_clusters=1, window=3, num_sinks=0),
+            cls(num_clusters=5, window=1, seed=3),
+            cls(num_clusters=2, window=64),
+        ]
 
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> RoutingConfig:
@@ -82,7 +92,8 @@ class RoutingAttention(EfficientAttention):
         if causal:
             return past_attention(
                 query, key, value, query_labels[..., None], key_labels[..., None],
-                count=self.config.num_clusters, window=self.config.window, lengths=lengths, state=state, **options,
+                count=self.config.num_clusters, window=self.config.window, num_sinks=self.config.num_sinks, lengths=lengths,
+                state=state, **options,
             )  # fmt: skip
         return self._read_nearest(query, key, value, query_labels, key_labels, closeness, lengths, **options)
 

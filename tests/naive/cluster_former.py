@@ -13,7 +13,8 @@ def naive_cluster_former(query, key, value, *, config, scaling, causal, module):
     A layer without `module.centroids` is a sliding window: decoder, t and `window` - 1 tokens before it and the sinks;
     encoder, `window` tokens on each side. In one with centroids (G, C, D) the cluster of a token is the centroid with the
     largest product with its key, of equal ones the lower. Decoder: t sees the `window` most recent tokens of its cluster,
-    itself among them. Encoder: tokens sorted by (cluster, position) are cut into chunks of `chunk_size`; t sees its chunk.
+    itself among them, and the sinks, which are in no cluster. Encoder: tokens sorted by (cluster, position) are cut into
+    chunks of `chunk_size`; t sees its chunk.
     """
     if not hasattr(module, "centroids"):
 
@@ -31,7 +32,8 @@ def naive_cluster_former(query, key, value, *, config, scaling, causal, module):
         for i in range(N):
             t = M - N + i
             if causal:
-                chosen = [j for j in range(t + 1) if cluster[j] == cluster[t]][-config.window :]
+                members = [j for j in range(config.num_sinks, t + 1) if cluster[j] == cluster[t]]
+                chosen = members[-config.window :] + list(range(min(config.num_sinks, t + 1)))
             else:
                 chunk = order.index(t) // config.chunk_size
                 chosen = order[chunk * config.chunk_size : (chunk + 1) * config.chunk_size]

@@ -15,7 +15,8 @@ def naive_lsh(query, key, value, *, config, scaling, causal, module):
     [k, sqrt(m - |k|^2), 0], m = max |q|^2 + max |k|^2 over the tokens, and the query heads of the key/value head.
 
     t reads itself and, in each round, of the keys in its query's bucket the `window` most recent at or before it (decoder)
-    or the nearest `window` before it and as many after it (encoder); a key that several rounds give counts once.
+    or the nearest `window` before it and as many after it (encoder); a key that several rounds give counts once. In a
+    decoder the sinks are in no bucket, and every token from theirs on reads them.
 
     `shared_qk`: keys are q / |q|; tokens sorted by (bucket, position) in chunks of `window`; t reads its chunk and the one
     before, but itself only where no round gives another.
@@ -23,6 +24,7 @@ def naive_lsh(query, key, value, *, config, scaling, causal, module):
     H, N, _ = query.shape
     G, M, _ = key.shape
     visible = torch.zeros(H, N, M, dtype=torch.bool, device=query.device)
+    sinks = config.num_sinks if causal else 0
     for h in range(H):
         g = h // (H // G)
         group = query[g * (H // G) : (g + 1) * (H // G)].detach()
@@ -45,12 +47,12 @@ def naive_lsh(query, key, value, *, config, scaling, causal, module):
             order = sorted(range(N), key=lambda j: (bucket_q[j], j)) if config.shared_qk else []
             for i in range(N):
                 t = M - N + i
-                members = [j for j in range(M) if bucket_k[j] == bucket_q[i]]
+                members = [j for j in range(sinks, M) if bucket_k[j] == bucket_q[i]]
                 if config.shared_qk:
                     begin = order.index(t) // config.window * config.window
                     chosen = [j for j in order[max(begin - config.window, 0) : begin + config.window] if j != t]
                 elif causal:
-                    chosen = [j for j in members if j <= t][-config.window :]
+                    chosen = [j for j in members if j <= t][-config.window :] + list(range(min(sinks, t)))
                 else:
                     chosen = [j for j in members if j < t][-config.window :] + [j for j in members if j > t][
                         : config.window
