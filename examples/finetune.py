@@ -50,7 +50,7 @@ from examples.session import Session, broadcast, write_json
 from examples.training import Diverged, Recipe, checkpoint_folder, evaluate_objective, train
 from examples.variants import RunSpec, read_runs
 from hf_efficient_attn import describe
-from hf_efficient_attn.recovery import attention_transfer
+from hf_efficient_attn.recovery import attention_errors, attention_transfer, patched_layers
 
 EAGER = "dense (eager)"
 
@@ -136,7 +136,8 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
         bars.remove_task(task)
     if row["status"] != "diverged":
         shutil.rmtree(checkpoint_folder(session.folder / run.folder), ignore_errors=True)
-    (session.folder / run.folder / "recovered.pt").unlink(missing_ok=True)
+    for kept in (session.folder / run.folder).glob("recovered-*.pt"):
+        kept.unlink()
     return row
 
 
@@ -144,34 +145,67 @@ def recover_run(
     session: Session, run: RunSpec, model, examples: Examples, bars: Progress, task: TaskID
 ) -> dict[str, Any]:
     """
-    Attention transfer, or the word that there is nothing to train. What it gave is kept beside the run's checkpoint, so
-    that a run which is continued does not do it again.
+    Attention transfer, of all layers or block by block, or the word that there is nothing to train. A layer whose error rose
+    is put back. What a block learned is kept beside the run's checkpoint, so that a run which is continued does not learn
+    it again.
     """
-    accelerator, args = session.accelerator, session.args
-    kept = session.folder / run.folder / "recovered.pt"
+    args, folder = session.args, session.folder / run.folder
+    layers = [number for number, _, variant in patched_layers(model) if any(True for _ in variant.parameters())]
+    if not layers:
+        return {"tokens": 0, "note": "this variant has no parameters to train", "errors": []}
+    probe = session.probe(examples)
+    found = {
+        "steps": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "losses": [],
+        "errors_before": errors_of(model, probe),
+        "undone": [],
+    }
+    size = args.recover_blocks or len(layers)
+    for begin in range(0, len(layers), size):
+        block = layers[begin : begin + size]
+        kept = folder / f"recovered-{block[0]}.pt"
+        with attention_transfer(model, block) as transfer:
+            if kept.exists():
+                saved = torch.load(kept, weights_only=True)
+                for parameter, value in zip(transfer.parameters, saved["parameters"], strict=True):
+                    parameter.data.copy_(value)
+            else:
+                saved = {"training": transfer_block(session, run, model, transfer, block, examples, bars, task)}
+                if session.accelerator.is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    saved["parameters"] = [p.detach().cpu() for p in transfer.parameters]
+                    torch.save(saved, kept)
+                    shutil.rmtree(folder / "transfer", ignore_errors=True)
+            session.accelerator.wait_for_everyone()
+        before = {error["layer"]: error["error"] for error in found["errors_before"]}
+        worse = [
+            e["layer"] for e in errors_of(model, probe) if e["layer"] in block and not e["error"] <= before[e["layer"]]
+        ]
+        transfer.undo(worse)
+        found["undone"] += worse
+        for name, value in saved["training"].items():
+            found[name] += value
+    return found | {"errors": errors_of(model, probe)}
+
+
+def errors_of(model, batches) -> list[dict[str, Any]]:
+    """`attention_errors` as a row holds them."""
+    return [vars(error) for error in attention_errors(model, batches)]
+
+
+def transfer_block(
+    session: Session, run: RunSpec, model, transfer, block: list[int], examples: Examples, bars: Progress, task: TaskID
+) -> dict[str, Any]:
+    """Trains some layers to give their dense attention."""
+    args, processes = session.args, session.accelerator.num_processes
     length = run.max_length or args.max_length
-    with attention_transfer(model) as transfer:
-        if not transfer.parameters:
-            return {"tokens": 0, "note": "this variant has no parameters to train", "errors": []}
-        if kept.exists():
-            saved = torch.load(kept, weights_only=True)
-            for parameter, value in zip(transfer.parameters, saved["parameters"], strict=True):
-                parameter.data.copy_(value)
-            return saved["recovery"]
-        processes = accelerator.num_processes
-        recipe = transfer_recipe(session.recipe, args.recover, length, processes, args.recover_learning_rate)
-        schedule = session.schedule(examples, recipe.examples(processes), shuffle=True)
-        objective = TransferObjective(model, transfer)
-        training = train_run(
-            session, f"{run.label}: transfer", f"{run.folder}/transfer", objective, schedule, recipe, bars, task
-        )
-        found = {**training, "errors": [vars(error) for error in transfer.errors()]}
-        if accelerator.is_main_process:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"parameters": [p.detach().cpu() for p in transfer.parameters], "recovery": found}, kept)
-            shutil.rmtree(session.folder / run.folder / "transfer", ignore_errors=True)
-        accelerator.wait_for_everyone()
-    return found
+    recipe = transfer_recipe(session.recipe, args.recover, length, processes, args.recover_learning_rate)
+    schedule = session.schedule(examples, recipe.examples(processes), shuffle=True)
+    words = f"{run.label}: transfer" + (f" from layer {block[0]}" if args.recover_blocks else "")
+    objective = TransferObjective(model, transfer)
+    return train_run(session, words, f"{run.folder}/transfer", objective, schedule, recipe, bars, task)
 
 
 def warm_start(session: Session, bars: Progress) -> None:
@@ -215,7 +249,7 @@ def fit_for_training(session: Session, model, added: list[str]) -> Objective:
     if args.lora_rank:
         model = models.add_lora(model, args.task, args.lora_rank, args.lora_targets, added)
     patched = any(layer.variant for layer in describe(model))
-    return Objective(model, args.task, args.loss_chunk, args.distill if patched else 0.0)
+    return Objective(model, args.task, args.loss_chunk, args.distill if patched else 0.0, args.layer_decay)
 
 
 def train_run(session, label, folder, objective, schedule, recipe, bars: Progress, task: TaskID) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from examples.metrics import classification_scores, likelihood_scores
+from examples.rates import layerwise
 from hf_efficient_attn.auxiliary import auxiliary_loss
 from hf_efficient_attn.losses import IGNORED, causal_lm_losses, has_plain_head
 from hf_efficient_attn.recovery import dense_attention, distillation_losses
@@ -30,10 +32,17 @@ class Objective(nn.Module):
     with the student).
     """
 
-    def __init__(self, model: nn.Module, task: str, chunk_size: int = 1024, distill: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, task: str, chunk_size: int = 1024, distill: float = 0.0, layer_decay: float = 1.0
+    ) -> None:
         super().__init__()
         self.model, self.task, self.chunk_size, self.distill = model, task, chunk_size, distill
+        self.layer_decay = layer_decay
         self.chunked: bool | None = None  # found out on the first batch
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, each group with the `scale` of its learning rate."""
+        return layerwise(self.model, self.layer_decay)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """

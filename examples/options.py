@@ -74,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="examples of a process in one forward pass")
     add("--gradient-accumulation", type=int, default=1, help="forward passes for one update")
     add("--learning-rate", type=float, default=1e-4, help="the highest of a linear schedule")
+    add(
+        "--layer-decay",
+        type=float,
+        default=1.0,
+        help="each layer learns at that share of the rate of the layer above it",
+    )
     add("--weight-decay", type=float, default=0.01, help="of AdamW")
     add("--warmup", type=float, default=0.1, help="the share of steps in which the learning rate rises")
     add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
@@ -100,7 +106,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="before fine-tuning, let each variant's own parameters learn their layer's dense attention on that many tokens",
     )
-    add("--recover-learning-rate", type=float, default=1e-2, help="of the variant's own parameters under --recover")
+    add(
+        "--recover-learning-rate",
+        type=float,
+        default=0.05,
+        help="under --recover, relative to the size (root mean square) of each parameter",
+    )
+    add(
+        "--recover-blocks",
+        type=int,
+        default=0,
+        metavar="LAYERS",
+        help="let that many layers learn at a time, each block on all --recover tokens, for models that do not fit; 0: all",
+    )
     add(
         "--distill",
         type=float,
@@ -166,7 +184,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("max_length", "batch_size", "gradient_accumulation", "loss_chunk", "cost_repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
-    for name in ("max_steps", "warm_start_steps", "recover", "distill", "lora_rank", "checkpoint_every", "seed"):
+    for name in (
+        "max_steps",
+        "warm_start_steps",
+        "recover",
+        "recover_blocks",
+        "distill",
+        "lora_rank",
+        "checkpoint_every",
+        "seed",
+    ):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
     for name in ("max_train_samples", "max_eval_samples", "warm_start_length", "cost_length", "cost_batch_size"):
@@ -177,6 +204,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rates = args.learning_rate, args.recover_learning_rate, args.warm_start_learning_rate
     if min(*rates, args.epochs) <= 0 or not 0 <= args.warmup <= 1:
         parser.error("learning rates and --epochs must be above 0, --warmup between 0 and 1.")
+    if not 0 < args.layer_decay <= 1:
+        parser.error(f"--layer-decay {args.layer_decay}: above 0, at most 1.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout}: from 0 to below 1.")
     if args.resume and args.output_dir is None:

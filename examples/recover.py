@@ -7,21 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from examples.training import Recipe
-from hf_efficient_attn.recovery import Transfer
+from hf_efficient_attn.recovery import Transfer, patched_layers
 
 
 class TransferObjective(nn.Module):
-    """Batch -> the mean relative error of the layers' attention; the model runs on dense attention meanwhile."""
+    """
+    Batch -> the mean relative error of the layers' attention; the model runs on dense attention meanwhile, without dropout,
+    so that layers learn from what they will see.
+    """
 
     def __init__(self, model: PreTrainedModel, transfer: Transfer) -> None:
         super().__init__()
         self.model, self.transfer = model, transfer
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": group["params"], "scale": group["lr"]} for group in self.transfer.groups(lr=1.0)]
+
+    def train(self, mode: bool = True) -> TransferObjective:
+        super().train(mode)
+        if mode:
+            self.model.eval()
+            for _, _, variant in patched_layers(self.model):
+                variant.train()
+        return self
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}

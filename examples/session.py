@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch.utils.data import DataLoader
 
 from examples import models
-from examples.data import Examples, Schedule, load_texts, tokenize
+from examples.data import Collator, Examples, Schedule, load_texts, tokenize
 from examples.objective import METRIC
-from examples.options import FREE
+from examples.options import FREE, build_parser
 from examples.training import Recipe
 from examples.variants import RunSpec, with_controls
 
 SCHEMA = "hf_efficient_attn/finetune/1"
+PROBE = 4  # texts that attention is compared on before and after a transfer
 PACKAGES = ("hf_efficient_attn", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 
 
@@ -123,6 +125,13 @@ class Session:
         """Examples in the order of training, or each once for evaluation."""
         return Schedule(examples, length, self.args.seed, self.tokenizer, self.args.task == "masked-lm", shuffle)
 
+    def probe(self, examples: Examples) -> list[dict[str, torch.Tensor]]:
+        """The first few examples as batches on the device, without labels: what layers are compared on."""
+        schedule = self.schedule(examples, min(PROBE, len(examples.rows)), shuffle=False)
+        batches = DataLoader(schedule, self.args.batch_size, collate_fn=Collator(self.tokenizer.pad_token_id))
+        names = ("input_ids", "attention_mask")
+        return [{n: x.to(self.accelerator.device) for n, x in b.items() if n in names} for b in batches]
+
     def save(self) -> None:
         """results.json, replaced as a whole."""
         if self.accelerator.is_main_process:
@@ -135,7 +144,8 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
     if resume:
         if not saved.exists():
             raise ValueError(f"--resume: {folder} holds no run; leave out --resume to start one there.")
-        earlier = json.loads(saved.read_text(encoding="utf-8"))
+        earlier = {**vars(build_parser().parse_args([])), **json.loads(saved.read_text(encoding="utf-8"))}
+        earlier = {key: value for key, value in earlier.items() if key not in FREE}
         now = json.loads(json.dumps(arguments))
         differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
         if differing:
@@ -184,6 +194,7 @@ def new_results(session: Session, base, train_examples: Examples, eval_examples:
             "warm_start_steps": args.warm_start_steps,
             "warm_start_length": args.warm_start_length or args.max_length,
             "warm_start_learning_rate": args.warm_start_learning_rate,
+            "layer_decay": args.layer_decay,
             "lora_rank": args.lora_rank,
             "gradient_checkpointing": args.gradient_checkpointing,
         },

@@ -92,8 +92,9 @@ def train(
     """
     accelerator.step = 0  # an earlier run may have failed between two updates
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
-    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = adamw(parameters, recipe.learning_rate, recipe.weight_decay)
+    groups = objective.parameter_groups()
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = adamw(groups, recipe.learning_rate, recipe.weight_decay)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     progress = _restore(accelerator, folder, fingerprint)
     advance(progress.step, "")
@@ -107,7 +108,7 @@ def train(
         with accelerator.accumulate(wrapped):
             rate = recipe.rate(progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             loss = wrapped(batch)["loss"]
             summed += accelerator.gather(loss.detach()).mean().item() / recipe.accumulation
             accelerator.backward(loss)
@@ -131,7 +132,7 @@ def train(
     return progress
 
 
-def adamw(parameters: list[torch.nn.Parameter], rate: float, decay: float = 0.0) -> torch.optim.AdamW:
+def adamw(parameters: list, rate: float, decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) in one fused kernel, without temporary copies of all weights."""
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
 

@@ -10,7 +10,7 @@ How does a patched model get its quality back?
    (`dense_attention`), beside the task's own loss.
 
     with attention_transfer(model) as transfer:
-        optimizer = torch.optim.AdamW(transfer.parameters, lr=1e-2)
+        optimizer = torch.optim.AdamW(transfer.groups(lr=0.05), weight_decay=0.0)
         for batch in batches:
             model(**batch)
             transfer.loss().backward()
@@ -82,14 +82,33 @@ class _Watch:
 
 class Transfer:
     """
-    What `attention_transfer` gives: `parameters`, those of the chosen layers' variants; `loss()`, the mean of the layers'
-    relative errors in the latest forward; `errors()`, the errors by layer.
+    What `attention_transfer` gives: `parameters`, those of the chosen layers' variants, and `groups(lr)` of them for an
+    optimizer; `loss()`, the mean of the layers' relative errors in the latest forward; `errors()`, the errors by layer;
+    `undo(layers)`, which puts back what a layer's parameters were when the transfer began.
     """
 
     def __init__(self, layers: list[tuple[int, str, EfficientAttention]]) -> None:
         self._layers = layers
         self._watches = [_Watch(learns=True) for _ in layers]
         self.parameters: list[nn.Parameter] = list({p: None for _, _, v in layers for p in v.parameters()})
+        self._start = {p: p.detach().clone() for p in self.parameters}
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """
+        The parameters, each with a rate relative to its size: lr times the root mean square of its entries, or lr where
+        they are all zero. One rate for all would leave feature maps as they are or tear small projections apart
+        (Shazeer and Stern 2018, Adafactor, arXiv:1804.04235, section 8).
+        """
+        sizes = [p.detach().float().square().mean().sqrt().item() or 1.0 for p in self.parameters]
+        return [{"params": [p], "lr": lr * size} for p, size in zip(self.parameters, sizes, strict=True)]
+
+    @torch.no_grad()
+    def undo(self, layers: Iterable[int]) -> None:
+        """Parameters that layers share are put back for all of them."""
+        chosen = set(layers)
+        for number, _, variant in self._layers:
+            for parameter in variant.parameters() if number in chosen else ():
+                parameter.copy_(self._start[parameter])
 
     def loss(self) -> Tensor:
         if any(watch.distance is None for watch in self._watches):

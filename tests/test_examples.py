@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ import yaml
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -25,7 +30,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples import finetune, report  # noqa: E402
+from examples import finetune, report, session  # noqa: E402
 from examples.controls import remove_attention  # noqa: E402
 from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
@@ -33,6 +38,7 @@ from examples.metrics import classification_scores, likelihood_scores  # noqa: E
 from examples.models import fit_positions, position_limit  # noqa: E402
 from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
+from examples.rates import layerwise  # noqa: E402
 from examples.variants import read_runs, with_controls  # noqa: E402
 from hf_efficient_attn import patch_model, unpatch_model  # noqa: E402
 
@@ -155,8 +161,6 @@ def test_results_say_how_they_were_made(job, folder):
 
 
 def test_saved_models_are_the_fine_tuned_ones(job):
-    from transformers import AutoModelForSequenceClassification
-
     import hf_efficient_attn
 
     model = AutoModelForSequenceClassification.from_pretrained(job[1] / "mixture" / "model")
@@ -177,6 +181,45 @@ def test_another_run_is_not_overwritten(job, folder):
             arguments(folder, job[1], "--no-cost", *variants, "--save-models", "--learning-rate", "0.5", "--resume")
         )
     assert (job[1] / "results.json").read_bytes() == before
+
+
+def test_arguments_that_an_older_run_does_not_know_have_their_defaults(job):
+    written = json.loads((job[1] / "arguments.json").read_text())
+    older = job[1].parent / "older"
+    older.mkdir()
+    (older / "arguments.json").write_text(json.dumps({k: v for k, v in written.items() if k != "layer_decay"}))
+    session.check_folder(older, written, resume=True)
+    with pytest.raises(ValueError, match=r"layer_decay was 1.0, is 0.5"):
+        session.check_folder(older, {**written, "layer_decay": 0.5}, resume=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_lower_layers_learn_more_slowly(folder, name):
+    kind = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}[name]
+    model = kind.from_pretrained(folder / name)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = [({names[id(p)] for p in group["params"]}, group["scale"]) for group in layerwise(model, 0.5)]
+    assert sorted(n for group, _ in groups for n in group) == sorted(names.values())
+    scales = {n: scale for group, scale in groups for n in group}
+    layers = {n: int(n.split("layer." if name == "bert" else "h.")[1][0]) for n in scales if re.search(r"\.\d\.", n)}
+    assert set(layers.values()) == {0, 1} and {scales[n] for n, layer in layers.items() if layer == 1} == {0.5}
+    assert {scales[n] for n, layer in layers.items() if layer == 0} == {0.25}
+    below = {n for n in scales if "embeddings" in n or "wte" in n or "wpe" in n}
+    assert below and {scales[n] for n in below} == {0.125}
+    assert {scale for n, scale in scales.items() if n not in layers and n not in below} == {1.0}
+    assert [group["scale"] for group in layerwise(model, 1.0)] == [1.0]
+    objective = Objective(model, "causal-lm", layer_decay=0.5)
+    assert [g["scale"] for g in objective.parameter_groups()] == [scale for _, scale in groups]
+
+
+def test_the_rate_of_a_group_is_scaled(folder, tmp_path, monkeypatch):
+    """With a decay so steep that only the head learns, all else stays."""
+    steep = ["--no-cost", "--variants", "flash", "--controls", "none", "--layer-decay", "1e-12", "--save-models"]
+    finetune.main(arguments(folder, tmp_path / "out", *steep, "--weight-decay", "0"))
+    learned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "dense" / "model").state_dict()
+    base = AutoModelForMaskedLM.from_pretrained(folder / "bert").state_dict()
+    shared = [n for n in learned if n in base]
+    assert len(shared) > 20 and all((learned[n] - base[n]).abs().max() < 1e-9 for n in shared)
 
 
 def test_nothing_to_resume(folder, tmp_path):
@@ -381,9 +424,23 @@ def test_the_dense_limit_trains_like_dense_over_two_lengths(folder, tmp_path):
     assert all(row["after"] is None and row["training"] is None for row in rows.values())
 
 
+@pytest.fixture(scope="module")
+def peaked(folder, tmp_path_factory) -> Path:
+    """The models with larger weights, so that attention is not flat, on the same data."""
+    root = tmp_path_factory.mktemp("peaked")
+    (root / "data").symlink_to(folder / "data")
+    for name, kind in (("bert", AutoModelForMaskedLM), ("gpt2", AutoModelForCausalLM)):
+        model = kind.from_pretrained(folder / name)
+        for parameter in model.parameters():
+            parameter.data *= 10 if parameter.ndim == 2 else 1
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(folder / name).save_pretrained(root / name)
+    return root
+
+
 @pytest.mark.parametrize(("model", "task"), [("gpt2", "causal-lm"), ("bert", "classification"), ("bert", "masked-lm")])
-def test_recovery_brings_attention_nearer_to_dense(folder, tmp_path, model, task):
-    variants = folder / "recover.yaml"
+def test_recovery_brings_attention_nearer_to_dense(peaked, tmp_path, model, task):
+    variants = peaked / "recover.yaml"
     small = {
         "variant": "linformer",
         "rank": 4,
@@ -394,11 +451,12 @@ def test_recovery_brings_attention_nearer_to_dense(folder, tmp_path, model, task
     }
     variants.write_text(yaml.safe_dump({"learns": small, "cannot": {"variant": "block", "block_size": 4}}))
     more = ["--no-cost", "--variants", str(variants), "--max-steps", "2", "--warm-start-steps", "2"]
-    more += ["--recover", str(30 * 4 * 24), "--recover-learning-rate", "0.03", "--distill", "0.5"]
-    rows = rows_of(finetune.main(arguments(folder, tmp_path / "out", *more, model=model, task=task)))
+    more += ["--recover", str(30 * 4 * 24), "--recover-learning-rate", "0.1", "--distill", "0.5"]
+    rows = rows_of(finetune.main(arguments(peaked, tmp_path / "out", *more, model=model, task=task)))
     learns, cannot = rows["learns"]["recovery"], rows["cannot"]["recovery"]
     assert learns["steps"] == 30 and learns["losses"][-1] < 0.9 * learns["losses"][0]
-    assert [error["variant"] for error in learns["errors"]] == ["linformer"] * 2
+    assert [error["variant"] for error in learns["errors"]] == ["linformer"] * 2 and learns["undone"] == []
+    assert all(b["error"] < 0.9 * a["error"] for a, b in zip(learns["errors_before"], learns["errors"], strict=True))
     assert rows["learns"]["recovered"]["loss"] != rows["learns"]["before"]["loss"]
     assert cannot["tokens"] == 0 and "no parameters to train" in cannot["note"]
     assert rows["cannot"]["recovered"] == rows["cannot"]["before"]
@@ -406,7 +464,40 @@ def test_recovery_brings_attention_nearer_to_dense(folder, tmp_path, model, task
     assert rows["dense"]["recovery"] is None
     written = (tmp_path / "out" / "report.md").read_text()
     assert "## Attention transfer" in written and "no parameters to train" in written
-    assert not list((tmp_path / "out").rglob("recovered.pt"))
+    assert not list((tmp_path / "out").rglob("recovered-*.pt"))
+
+
+def test_layers_learn_block_by_block(peaked, tmp_path):
+    variants = peaked / "blocks.yaml"
+    small = {
+        "variant": "linformer",
+        "rank": 4,
+        "max_length": 24,
+        "segment_size": 4,
+        "num_sinks": 1,
+        "exact_segments": 0,
+    }
+    variants.write_text(yaml.safe_dump({"learns": small}))
+    more = ["--no-cost", "--controls", "none", "--variants", str(variants), "--max-steps", "0"]
+    more += ["--recover", str(20 * 4 * 24), "--recover-learning-rate", "0.1", "--recover-blocks", "1"]
+    rows = rows_of(finetune.main(arguments(peaked, tmp_path / "out", *more, model="gpt2", task="causal-lm")))
+    found = rows["learns"]["recovery"]
+    assert found["steps"] == len(found["losses"]) == 40 and found["tokens"] == 40 * 4 * 24
+    for before, after in zip(found["errors_before"], found["errors"], strict=True):
+        assert before["layer"] == after["layer"] and after["error"] < before["error"]
+    assert found["losses"][19] < found["losses"][0] and found["losses"][39] < found["losses"][20]
+
+
+def test_a_layer_that_got_worse_is_put_back(peaked, tmp_path):
+    variants = peaked / "worse.yaml"
+    small = {"variant": "linformer", "rank": 4, "max_length": 24, "segment_size": 4, "num_sinks": 1}
+    variants.write_text(yaml.safe_dump({"torn": small}))
+    more = ["--no-cost", "--controls", "none", "--variants", str(variants), "--max-steps", "0"]
+    more += ["--recover", str(2 * 4 * 24), "--recover-learning-rate", "100"]
+    rows = rows_of(finetune.main(arguments(peaked, tmp_path / "out", *more, model="gpt2", task="causal-lm")))
+    found = rows["torn"]["recovery"]
+    assert found["undone"] == [0, 1] and found["errors"] == found["errors_before"]
+    assert rows["torn"]["recovered"] == rows["torn"]["before"]
 
 
 def test_distillation_pulls_the_loss_towards_the_dense_model(folder, tmp_path):

@@ -54,7 +54,7 @@ def test_layers_learn_their_dense_attention(name: str) -> None:
     assert [row.variant for row in before] == ["linformer"] * tiny.n_layers
     with attention_transfer(model) as transfer:
         assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in transfer.parameters}
-        optimizer = torch.optim.AdamW(transfer.parameters, lr=2e-2, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(transfer.groups(lr=0.1), weight_decay=0.0)
         for _ in range(40):
             model(**batches[0])
             transfer.loss().backward()
@@ -67,6 +67,26 @@ def test_layers_learn_their_dense_attention(name: str) -> None:
         assert p.requires_grad
         if n in frozen:
             assert torch.equal(p, frozen[n])
+
+
+def test_rates_follow_the_size_of_a_parameter_and_layers_can_be_put_back() -> None:
+    model, _ = build()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with attention_transfer(model) as transfer:
+        groups = transfer.groups(lr=0.5)
+        assert [group["params"] for group in groups] == [[p] for p in transfer.parameters]
+        for group in groups:
+            size = group["params"][0].square().mean().sqrt().item()
+            assert group["lr"] == pytest.approx(0.5 * size if size else 0.5)
+        assert {group["lr"] == 0.5 for group in groups} == {
+            True,
+            False,
+        }  # biases of slots are zeros, projections are not
+        for parameter in transfer.parameters:
+            parameter.data += 1
+    transfer.undo([1])
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    assert changed and changed == {n for n in start if ".efficient_attn." in n and ".0." in n}
 
 
 def test_padding_is_not_learned_from() -> None:

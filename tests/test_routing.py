@@ -43,7 +43,7 @@ def test_one_cluster_equals_the_reference_package(causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_clusters_of_one_size_equal_the_reference_package(causal):
     """The package cuts clusters to one size; where queries and keys fall into clusters of that size both read the same."""
-    module, (_, _, value) = module_and_inputs(causal, RoutingConfig(num_clusters=3, window=24))
+    module, (_, _, value) = module_and_inputs(causal, RoutingConfig(num_clusters=3, window=24, num_sinks=0))
     x = module.centroids[:, torch.randperm(24) % 3][None] * 2 + 0.05 * torch.randn(1, 2, 24, 8)
     want = reference_attention(module, 8, causal)(x, x, value)
     torch.testing.assert_close(module(x, x, value, scaling=8**-0.5, causal=causal), want, **PACKAGE)
@@ -61,7 +61,7 @@ def test_clusters_are_those_of_the_reference_package():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_cluster_without_keys_leaves_the_own_key(causal):
-    module, (query, key, value) = module_and_inputs(causal, RoutingConfig(num_clusters=2, window=4))
+    module, (query, key, value) = module_and_inputs(causal, RoutingConfig(num_clusters=2, window=4, num_sinks=0))
     centroids = module.centroids
     query = centroids[:, :1].expand(-1, query.shape[2], -1)[None]
     key = -query + 0 * key
