@@ -1,4 +1,4 @@
-"""The reports of untrained variants, examples/perplexity.py, embeddings.py and choose.py, on tiny models."""
+"""The reports of untrained variants, examples/perplexity.py, embeddings.py, passkey.py and choose.py, on tiny models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import choose, embeddings, perplexity
+from examples import choose, embeddings, passkey, perplexity
 from hf_efficient_attn import patched
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -125,3 +125,45 @@ def test_selection_is_judged_on_another_text(folder, tmp_path) -> None:
         assert rows["chosen"]["perplexity"] == pytest.approx(perplexity.measure(want, parts)["perplexity"])
     with pytest.raises(SystemExit):
         choose.main([*given, "--output", str(tmp_path / "s.json")])
+
+
+def test_a_number_is_hidden_where_it_is_said_and_asked_for(folder) -> None:
+    tokenizer = perplexity.load(str(folder / "gpt2"))[1]
+    words = ["The", "pass", "key", "is", "Remember", "it", "What", "the", "?", "."]
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words, "12345", "x"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    text, number = torch.full((100,), vocabulary["x"]), vocabulary["12345"]
+    for depth in (0.0, 0.5, 1.0):
+        ids, n = passkey.prompt(tokenizer, text, "12345", 64, depth)
+        assert ids.shape == (1, 64) and n == 1
+        places = (ids[0] == number).nonzero()[:, 0].tolist()
+        room = int((ids == vocabulary["x"]).sum())
+        assert len(places) == 3 and places[2] == 63 and abs(places[0] - depth * room - 4) < 1
+
+    class Answers(torch.nn.Module):
+        """Puts first what stands `back` tokens before the one that it is to say."""
+
+        def __init__(self, back: int) -> None:
+            super().__init__()
+            self.back = back
+
+        def forward(self, input_ids, use_cache, logits_to_keep):
+            said = input_ids.roll(self.back - 1, 1)
+            logits = torch.nn.functional.one_hot(said, len(vocabulary)).float()
+            return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+
+    assert passkey.right(Answers(63 - places[1]), ids, 1).tolist() == [True]
+    assert passkey.right(Answers(64 - places[1]), ids, 1).tolist() == [False]
+    with pytest.raises(ValueError, match="needs 177 tokens of text, and there are 100"):
+        passkey.prompt(tokenizer, text, "12345", 203, 0.5)
+
+
+def test_numbers_found_are_rows(folder, tmp_path) -> None:
+    given = ["--model", str(folder / "gpt2"), "--texts", str(folder / "text.txt"), "--lengths", "64", "--numbers", "4"]
+    given += ["--variants", "flash", "block", "--output", str(tmp_path / "p.json")]
+    rows = {row["label"]: row for row in passkey.main(given)["rows"]}
+    assert list(rows) == ["dense", "flash", "block"]
+    assert all(len(row["found_at"]) == 4 and 0 <= row["found"] <= row["tokens"] <= 1 for row in rows.values())
+    assert rows["flash"]["found_at"] == rows["dense"]["found_at"]
+    assert len(passkey.main(given)["rows"]) == 3
