@@ -40,8 +40,10 @@ def swapped(model: torch.nn.Module, variant: Any) -> AbstractContextManager:
 def seconds_ratio(model: torch.nn.Module, variant: Any, run: Callable[[], Any], repeats: int) -> float:
     """
     Seconds of run() with the variant inside over those without: the median of `repeats` neighbouring pairs, so that a
-    machine that slows down meanwhile does so for both.
+    machine that slows down meanwhile does so for both; 1 for no variant.
     """
+    if variant is None:
+        return 1.0
     ratios = []
     for _ in range(repeats):
         pair = []

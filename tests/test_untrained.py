@@ -70,7 +70,7 @@ def test_perplexity_of_dense_and_variants(folder, tmp_path) -> None:
     assert rows["flash"]["perplexity"] == pytest.approx(want, rel=1e-4)
     assert rows["dense"]["cache_bytes"] == 2 * 2 * 64 * 32 * 4  # layers, keys and values, tokens, width, bytes
     for row in rows.values():
-        assert row["seconds_ratio"] > 0 and row["peak_bytes"] > row["cache_bytes"] and row["tokens"] == 128
+        assert 0 < row["seconds_ratio"] < 100 and row["peak_bytes"] > row["cache_bytes"] and row["tokens"] == 128
 
 
 def test_what_was_measured_stays(folder, tmp_path, monkeypatch) -> None:
