@@ -5,8 +5,9 @@ Tables of README.md and docs/ are made from results files.
     python -m examples.tables --check    # names the files that are out of date, and exits 1
 
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`. KIND is `decoders_2048` or
-`decoders_8192` (results of examples/perplexity.py), `encoders_2048` (of examples/embeddings.py), or `speed` (of
-benchmarks/attention.py); without labels all rows are shown.
+`decoders_8192` (results of examples/perplexity.py), `encoders_2048` (of examples/embeddings.py), `passkey` (of
+examples/passkey.py), or `speed` (of benchmarks/attention.py), and without labels all rows are shown; or `finetune`, and the
+label is a folder of results of examples/finetune.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from examples.objective import HIGHER_IS_BETTER
+from examples.report import number, quality_lost, signed
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\w+) ?([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
@@ -84,6 +88,34 @@ def _encoders(name: str, labels: list[str]) -> str:
     return _table(lines) + _made(results, "time and memory over those of dense")
 
 
+def _passkey(name: str, labels: list[str]) -> str:
+    results = json.loads((ROOT / "results" / "passkey.json").read_text(encoding="utf-8"))
+    found = {(row["label"], row["length"]): row for row in results["rows"]}
+    lengths = sorted({length for _, length in found})
+    lines = [["variant", *(f"{length:,}" for length in lengths)]]
+    for label in labels or dict.fromkeys(label for label, _ in found):
+        rows = [found[label, length] for length in lengths]
+        lines.append([f"`{label}`", *(row.get("error") or f"{row['found']:.1f}" for row in rows)])
+    return _table(lines) + f"\nShare of numbers found, untrained, by length. Made by `{results['command']}`.\n"
+
+
+def _finetune(name: str, labels: list[str]) -> str:
+    results = json.loads((ROOT / "results" / labels[0] / "results.json").read_text(encoding="utf-8"))
+    metric = results["metric"]
+    stages = [stage for stage in ("before", "recovered", "after") if any(row.get(stage) for row in results["rows"])]
+    lines = [["", *(f"{metric} {stage}" for stage in stages), "lost", "tokens of transfer", "of fine-tuning"]]
+    for row in results["rows"]:
+        if row["before"] is None:  # measured for its cost only
+            continue
+        name = row["label"] if row["status"] == "ok" else f"{row['label']} ({row['status']})"
+        stage = "after" if row["after"] else "before"
+        tokens = ((row[part] or {}).get("tokens") or 0 for part in ("recovery", "training"))
+        scores = [number((row[stage] or {}).get(metric)) for stage in stages]
+        lines.append([f"`{name}`", *scores, signed(quality_lost(results, row, stage)), *(f"{n:,}" for n in tokens)])
+    unit = "points" if HIGHER_IS_BETTER[metric] else "%"
+    return _table(lines) + f"\nLost against dense at the same stage, {unit}. Made by `{results['command']}`.\n"
+
+
 def _speed(name: str, labels: list[str]) -> str:
     with (ROOT / "results" / "attention_cpu.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
@@ -110,6 +142,8 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "decoders_2048": _decoders,
     "decoders_8192": _decoders,
     "encoders_2048": _encoders,
+    "passkey": _passkey,
+    "finetune": _finetune,
     "speed": _speed,
 }
 
