@@ -75,11 +75,12 @@ def masked_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    at_once: int = CHUNK,
+    at_once: int | None = None,
 ) -> Tensor:
     """
-    Attention under any mask, `at_once` queries at a time: `visible(begin, end)` is bool (B or 1, H or 1, end - begin or
-    1, S' <= S), True = attend, over the first S' keys, or None where all are seen. A query that sees none gets zeros.
+    Attention under any mask, `at_once` (else CHUNK) queries at a time: `visible(begin, end)` is bool (B or 1, H or 1,
+    end - begin or 1, S' <= S), True = attend, over the first S' keys, or None where all are seen. A query that sees none
+    gets zeros.
 
     In training a chunk is computed again in the backward pass (with the same dropout), so that no more than one chunk's
     mask exists at any time.
@@ -91,6 +92,7 @@ def masked_attention(
             key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
         return sdpa(part, key, value, mask=mask, scaling=scaling, dropout=dropout)
 
+    at_once = at_once or CHUNK
     if query.shape[2] <= at_once:
         return chunk(query, key, value, 0)
     again = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
