@@ -28,7 +28,7 @@ LENGTH, FIRST, LAST, ASKED = 64, 4, 20, 20  # tokens; where symbols may stand; h
 SYMBOLS = 8  # that an answer chooses from
 CHANCE, PASS = 1 / SYMBOLS, 0.6  # accuracy without knowledge; what of the rest, of what is seen, is asked
 BATCH, RATE, SEED = 32, 5e-3, 0
-STEPS = 400
+STEPS = 600
 
 OUT_OF_REACH = {
     "block": "a token sees its block and the sinks; blocks of two layers are the same blocks",
@@ -44,15 +44,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "combined": {"parts": [[{"variant": "block", "block_size": 8}, 1], [STRIDED, 1]]},
     "mixture_of_depths": {"decay": 0.9},
     "performer": {"num_features": 64},
-    "rfa": {"num_features": 64},
+    "rfa": {"num_features": 128},
+    "routing": {"num_clusters": 2, "window": 16},
     "sinkhorn": {"block_size": 16},
     "strided": {"stride": 4, "local_size": 4},
 }
-OWN_RATE = {
-    "infini": 40.0,
-    "sinkhorn": 1.0,
-    "mixture_of_depths": 0.2,
-}  # of a variant's own parameters, times RATE; else 10
+# Of a variant's own parameters, times RATE; else 10.
+OWN_RATE = {"infini": 40.0, "mixture_of_depths": 0.2, "rfa": 1.0, "sinkhorn": 1.0}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,9 +66,11 @@ def test_shared_qk_equals_the_reference_package():
     assert (got[~inner] - want[~inner]).abs().max() > 1e-2
 
 
-def test_shared_qk_is_for_encoders():
+def test_forms_that_read_the_whole_text_are_for_encoders():
     with pytest.raises(ValueError, match="shared_qk = False"):
         make(LshConfig(shared_qk=True), causal=True)
+    with pytest.raises(ValueError, match="inner_products = False"):
+        make(LshConfig(inner_products=True), causal=True)
     with pytest.raises(ValueError, match="an even number, or 1"):
         LshConfig(num_buckets=3)
 
@@ -92,7 +95,7 @@ def test_completion_makes_the_encoder_hash_by_inner_product():
     config = LshConfig(num_buckets=16, num_hashes=200)
     query = normalize(torch.randn(1, HEADS, 1, SIZE, dtype=torch.float64), dim=-1)
     key = torch.cat([query[:, ::2] * 3, query[:, ::2] * 0.3], 2)  # the first query head of each group
-    decoder, encoder = make(config, causal=True), make(config)
+    decoder, encoder = make(config, causal=True), make(replace(config, inner_products=True))
     assert torch.equal(decoder._hash(key)[:, :, 0], decoder._hash(key)[:, :, 1])
     more = _completions(query, key)
     for x, extra in zip((query, key), more, strict=True):
@@ -101,6 +104,20 @@ def test_completion_makes_the_encoder_hash_by_inner_product():
     ours, theirs = encoder._hash(query, more[0], -1)[:, ::2], encoder._hash(key, more[1], -2)
     rates = (ours == theirs).double().mean((0, 1, 3))
     assert rates[0] > rates[1] + 0.05
+
+
+@pytest.mark.parametrize("length", [6, None])
+def test_what_all_keys_share_changes_no_bucket(length):
+    query, key, value = tensors(1, 9)
+    shared = 5 * torch.randn(1, GROUPS, 1, SIZE, dtype=torch.float64)
+    padding = None if length is None else torch.arange(9)[None] < length
+    outputs = {}
+    for inner_products in (False, True):
+        module = make(LshConfig(num_buckets=4, num_hashes=2, window=3, inner_products=inner_products))
+        options = {"padding": padding, "scaling": 1.0, "causal": False}
+        outputs[inner_products] = [module(query, k, value, **options) for k in (key, key + shared)]
+    torch.testing.assert_close(*outputs[False], atol=1e-9, rtol=0)
+    assert (outputs[True][0] - outputs[True][1]).abs().max() > 1e-2
 
 
 def test_more_rounds_come_nearer_to_dense():

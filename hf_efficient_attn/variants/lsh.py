@@ -8,11 +8,16 @@ Tokens are hashed, and a query attends to keys of its own bucket:
 each key once: what a later round finds again is left out, which is what subtracting the logarithm of how often a key was
 seen amounts to.
 
-Kitaev 2020, Reformer (arXiv:2001.04451); Daras 2020, SMYRF (arXiv:2010.05315), for q and k that are not the same. A decoder
-hashes directions. An encoder hashes q' = [q, 0, sqrt(m - |q|^2)] and k' = [k, sqrt(m - |k|^2), 0], which have the same
-length; m = max |q|^2 + max |k|^2 over the row's real tokens, and the query heads of a key/value head. Rotations belong
-to key/value heads and are a buffer, `rotations` (G, num_hashes, D + 2, num_buckets / 2), drawn from `seed` and saved with
-the model, rounded to bfloat16, so that a cast of the model leaves them alone; a decoder uses the first D rows.
+Kitaev 2020, Reformer (arXiv:2001.04451); Daras 2020, SMYRF (arXiv:2010.05315), for q and k that are not the same. Directions
+are hashed, and of an encoder's keys those of k - mean k over the row's real tokens: the softmax of a query does not change
+with what all keys share, but their buckets do. `inner_products` = True is SMYRF's own form, of encoders: it hashes
+q' = [q, 0, sqrt(m - |q|^2)] and k' = [k, sqrt(m - |k|^2), 0], which have the same length; m = max |q|^2 + max |k|^2 over the
+row's real tokens, and the query heads of a key/value head. Made for hashes that sort, it leaves q' and k' nearly orthogonal,
+so that they share buckets little more often than by chance.
+
+Rotations belong to key/value heads and are a buffer, `rotations` (G, num_hashes, D + 2, num_buckets / 2), drawn from `seed`
+and saved with the model, rounded to bfloat16, so that a cast of the model leaves them alone; without `inner_products` the
+first D rows are used.
 
 `shared_qk` = True is Reformer's own form, of encoders: the key of a token is its query's direction q / |q|, the host's
 keys are not used, tokens sorted by (bucket, position) are cut into chunks of `window`, and a token reads its chunk and the
@@ -21,7 +26,7 @@ one before it, without regard to buckets; itself only where it reads nothing els
 Cost N num_hashes (num_buckets + 2 window) D. State: all keys and values, and num_hashes labels for each key. Dense limit:
 num_buckets = 1, window >= N. No learned parameters.
 
-From the papers: sinks, which pretrained decoders need (Xiao 2023); the sorted order is not cut into chunks (but with
+From the papers: centred keys; sinks, which pretrained decoders need (Xiao 2023); the sorted order is not cut into chunks (but with
 `shared_qk`), because in a decoder a later token would move the borders of the chunks of earlier ones; the first chunk does
 not read the last one.
 """
@@ -58,6 +63,9 @@ class LshConfig(EfficientAttentionConfig):
     shared_qk: bool = option(
         False, "encoders: queries serve as keys too, in chunks of the sorted order, as in Reformer"
     )
+    inner_products: bool = option(
+        False, "encoders: hash by inner product, as in SMYRF, in place of the directions of centred keys"
+    )
     seed: int = option(0, "of the rotations", minimum=0)
 
     def validate(self) -> None:
@@ -72,7 +80,7 @@ class LshConfig(EfficientAttentionConfig):
     def variations(cls, causal: bool) -> list[LshConfig]:
         return [
             cls(num_buckets=4, num_hashes=1, window=2, num_sinks=0, seed=3),
-            cls(num_buckets=6, num_hashes=3, window=5),
+            cls(num_buckets=6, num_hashes=3, window=5, inner_products=not causal),
             cls(num_buckets=1, num_hashes=2, window=3),
         ]
 
@@ -99,6 +107,11 @@ class LshAttention(EfficientAttention):
                 "lsh: shared_qk = True sorts and cuts the whole text, so that a token would depend on later ones; it is "
                 "for bidirectional layers. Use shared_qk = False here."
             )
+        if config.inner_products and host.causal:
+            raise ValueError(
+                "lsh: inner_products = True measures norms over the whole text, so that a token would depend on later "
+                "ones; it is for bidirectional layers. Use inner_products = False here."
+            )
 
     def __init__(self, config: LshConfig, host: HostShape) -> None:
         super().__init__(config, host)
@@ -113,8 +126,13 @@ class LshAttention(EfficientAttention):
         if config.shared_qk:
             return self._reformer(query, value, **options)
         with torch.no_grad():
-            more = (None, None) if causal else _completions(query, key)
-            labels = [self._hash(x, extra, row) for x, extra, row in zip((query, key), more, (-1, -2), strict=True)]
+            if causal:
+                labels = self._hash(query), self._hash(key)
+            elif config.inner_products:
+                lacks = _completions(query, key)
+                labels = self._hash(query, lacks[0], -1), self._hash(key, lacks[1], -2)
+            else:
+                labels = self._hash(query), self._hash(_centred(key, lengths))
         sizes = {"count": config.num_buckets, "window": config.window}
         if causal:
             sizes["num_sinks"] = config.num_sinks
@@ -161,6 +179,12 @@ def _chunks(query, key, value, labels, config: LshConfig, lengths, **options) ->
         alone &= rounds[-1].high - rounds[-1].low == 1
     own = torch.where(alone, position, -1)
     return interval_attention(query, key, value, rounds, own=own, apart=position, **options)
+
+
+def _centred(key: Tensor, lengths: Tensor | None) -> Tensor:
+    """key (B, G, N, D) less its mean over real tokens; padded tokens are zeros."""
+    n = key.shape[2] if lengths is None else lengths.clamp_min(1)[:, None, None, None]
+    return key - key.sum(2, keepdim=True) / n
 
 
 def _completions(query: Tensor, key: Tensor) -> list[Tensor]:

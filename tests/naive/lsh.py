@@ -11,8 +11,9 @@ from .base import oracle, per_query_head, softmax_attention
 def naive_lsh(query, key, value, *, config, scaling, causal, module):
     """
     Round r's bucket of x is argmax [x R_r; -x R_r], R = `module.rotations` (G, rounds, D + 2, num_buckets / 2), 0 with one
-    bucket. A decoder hashes x itself with the first D rows. An encoder hashes [q, 0, sqrt(m - |q|^2)] and
-    [k, sqrt(m - |k|^2), 0], m = max |q|^2 + max |k|^2 over the tokens, and the query heads of the key/value head.
+    bucket. A decoder hashes x itself with the first D rows, an encoder q and k - mean k. `inner_products`: an encoder hashes
+    [q, 0, sqrt(m - |q|^2)] and [k, sqrt(m - |k|^2), 0], m = max |q|^2 + max |k|^2 over the tokens, and the query heads of
+    the key/value head.
 
     t reads itself and, in each round, of the keys in its query's bucket the `window` most recent at or before it (decoder)
     or the nearest `window` before it and as many after it (encoder); a key that several rounds give counts once. In a
@@ -31,7 +32,8 @@ def naive_lsh(query, key, value, *, config, scaling, causal, module):
         rotations = module.rotations[g].to(query.dtype)
         q, k = query[h].detach(), key[g].detach()
         zero_q, zero_k = q.new_zeros(N, 1), k.new_zeros(M, 1)
-        if causal or config.shared_qk:
+        if causal or config.shared_qk or not config.inner_products:
+            k = k if causal or config.shared_qk else k - k.mean(0)
             q, k = torch.cat([q, zero_q, zero_q], 1), torch.cat([k, zero_k, zero_k], 1)
         else:
             m = group.square().sum(-1).max() + k.square().sum(-1).max()
