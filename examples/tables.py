@@ -5,9 +5,9 @@ Tables of README.md and docs/ are made from results files.
     python -m examples.tables --check    # names the files that are out of date, and exits 1
 
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`. KIND is `decoders_2048` or
-`decoders_8192` (results of examples/perplexity.py), `encoders_2048` (of examples/embeddings.py), `passkey` (of
-examples/passkey.py), or `speed` (of benchmarks/attention.py), and without labels all rows are shown; or `finetune`, and the
-label is a folder of results of examples/finetune.py.
+`decoders_8192` (results of examples/perplexity.py), `encoders_2048` or `authors_2048` (of examples/embeddings.py),
+`passkey` (of examples/passkey.py), or `speed` (of benchmarks/attention.py), and without labels all rows are shown; or
+`finetune`, and the label is a folder of results of examples/finetune.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from examples.objective import HIGHER_IS_BETTER
 from examples.report import number, quality_lost, signed
+from hf_efficient_attn import available_variants
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\w+) ?([^>]*?) ?-->\n).*?(<!-- end -->)", re.DOTALL)
@@ -58,7 +59,12 @@ def _rows(name: str, labels: list[str]) -> tuple[dict, list[dict]]:
     """The results and the rows asked for, in the order asked for; a label that is not there raises KeyError."""
     results = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
     rows = {row["label"]: row for row in results["rows"]}
-    return results, [rows[label] for label in labels or rows]
+    return results, [rows[label] for label in labels or sorted(rows, key=lambda label: _place(rows[label]["config"]))]
+
+
+def _place(config: dict | None) -> int:
+    """Dense first, then variants as the registry has them, family by family."""
+    return -1 if config is None else list(available_variants()).index(config["variant"])
 
 
 def _decoders(name: str, labels: list[str]) -> str:
@@ -95,8 +101,9 @@ def _passkey(name: str, labels: list[str]) -> str:
     lines = [["variant", *(f"{length:,}" for length in lengths)]]
     for label in labels or dict.fromkeys(label for label, _ in found):
         rows = [found[label, length] for length in lengths]
-        lines.append([f"`{label}`", *(row.get("error") or f"{row['found']:.1f}" for row in rows)])
-    return _table(lines) + f"\nShare of numbers found, untrained, by length. Made by `{results['command']}`.\n"
+        lines.append([f"`{label}`", *(row.get("error") or f"{row['found']:.1f} ({row['tokens']:.2f})" for row in rows)])
+    said = "Share of numbers found (of their digits, each after the right ones before it), untrained, by length."
+    return _table(lines) + f"\n{said} Made by `{results['command']}`.\n"
 
 
 def _finetune(name: str, labels: list[str]) -> str:
@@ -142,6 +149,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "decoders_2048": _decoders,
     "decoders_8192": _decoders,
     "encoders_2048": _encoders,
+    "authors_2048": _encoders,
     "passkey": _passkey,
     "finetune": _finetune,
     "speed": _speed,

@@ -26,9 +26,9 @@ one before it, without regard to buckets; itself only where it reads nothing els
 Cost N num_hashes (num_buckets + 2 window) D. State: all keys and values, and num_hashes labels for each key. Dense limit:
 num_buckets = 1, window >= N. No learned parameters.
 
-From the papers: centred keys; sinks, which pretrained decoders need (Xiao 2023); the sorted order is not cut into chunks (but with
-`shared_qk`), because in a decoder a later token would move the borders of the chunks of earlier ones; the first chunk does
-not read the last one.
+From the papers: centred keys; sinks, which pretrained decoders need (Xiao 2023); the sorted order is not cut into chunks
+(but with `shared_qk`), because in a decoder a later token would move the borders of the chunks of earlier ones; the first
+chunk does not read the last one.
 """
 
 from __future__ import annotations
