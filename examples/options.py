@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--recover-learning-rate",
         type=float,
         default=0.05,
-        help="under --recover, relative to the size (root mean square) of each parameter",
+        help="under --recover, relative to each parameter's size, the root mean square of what is not zero in it",
     )
     add(
         "--recover-blocks",

@@ -95,12 +95,11 @@ class Transfer:
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """
-        The parameters, each with a rate relative to its size: lr times the root mean square of its entries, or lr where
-        they are all zero. One rate for all would leave feature maps as they are or tear small projections apart
-        (Shazeer and Stern 2018, Adafactor, arXiv:1804.04235, section 8).
+        The parameters, each with a rate relative to its size: lr times the root mean square of its entries that are not
+        zero (of a map that begins as the identity: 1), or lr where all are. One rate for all would leave feature maps as
+        they are or tear small projections apart (Shazeer and Stern 2018, Adafactor, arXiv:1804.04235, section 8).
         """
-        sizes = [p.detach().float().square().mean().sqrt().item() or 1.0 for p in self.parameters]
-        return [{"params": [p], "lr": lr * size} for p, size in zip(self.parameters, sizes, strict=True)]
+        return [{"params": [p], "lr": lr * _size(p)} for p in self.parameters]
 
     @torch.no_grad()
     def undo(self, layers: Iterable[int]) -> None:
@@ -120,6 +119,11 @@ class Transfer:
             LayerError(number, name, variant.config.name, float(watch.error().detach()))
             for (number, name, variant), watch in zip(self._layers, self._watches, strict=True)
         ]
+
+
+def _size(parameter: Tensor) -> float:
+    entries = parameter.detach().float()
+    return (entries.square().sum() / entries.count_nonzero().clamp_min(1)).sqrt().item() or 1.0
 
 
 def patched_layers(model: nn.Module, layers: Layers = None) -> list[tuple[int, str, EfficientAttention]]:

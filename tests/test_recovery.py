@@ -76,17 +76,23 @@ def test_rates_follow_the_size_of_a_parameter_and_layers_can_be_put_back() -> No
         groups = transfer.groups(lr=0.5)
         assert [group["params"] for group in groups] == [[p] for p in transfer.parameters]
         for group in groups:
-            size = group["params"][0].square().mean().sqrt().item()
-            assert group["lr"] == pytest.approx(0.5 * size if size else 0.5)
-        assert {group["lr"] == 0.5 for group in groups} == {
-            True,
-            False,
-        }  # biases of slots are zeros, projections are not
+            entries = group["params"][0].detach()
+            used = entries[entries != 0]
+            size = used.square().mean().sqrt().item() if len(used) else 1.0
+            assert group["lr"] == pytest.approx(0.5 * size)
+        assert len({group["lr"] for group in groups}) > 1  # biases of slots are zeros, projections are not
         for parameter in transfer.parameters:
             parameter.data += 1
     transfer.undo([1])
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert changed and changed == {n for n in start if ".efficient_attn." in n and ".0." in n}
+
+
+def test_the_rate_of_an_identity_is_that_of_its_diagonal() -> None:
+    model, _ = build(variant="hedgehog")
+    with attention_transfer(model) as transfer:
+        rates = {tuple(group["params"][0].shape): group["lr"] for group in transfer.groups(lr=0.5)}
+    assert {len(shape): rate for shape, rate in rates.items()} == {3: 0.5, 1: 1.0}  # maps; gates begin at 2
 
 
 def test_padding_is_not_learned_from() -> None:
