@@ -6,7 +6,8 @@ Which variant for which layer: chosen on one text, judged on another.
 
 `hf_efficient_attn.select_variants` finds the mapping on the first `--windows` stretches of the one text. The other text
 gives the perplexity of dense attention, of the chosen mapping, and of every candidate in all layers; the file holds them
-with each one's share of dense attention's FLOPs, time, memory and decoder state, and the curve of non-dominated mappings.
+with in how many layers (or heads) each candidate stands, the share of dense attention's FLOPs, time, memory and decoder
+state, and the curve of non-dominated mappings.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 from examples.embedded import MODELS
 from examples.perplexity import load, measure, stretches
 from examples.rows import add_row, open_results, read_variants, swapped
+from hf_efficient_attn.hosts import base_model, find_hosts
 from hf_efficient_attn.selection import COSTS, DENSE, Budget, select_variants
 
 
@@ -35,26 +37,30 @@ def main(args: Sequence[str] | None = None) -> dict:
     parser.add_argument("--max-loss", type=float, help="at most this relative rise of perplexity, such as 0.02")
     parser.add_argument("--max-cost", type=float, help="at most this share of dense attention's cost")
     parser.add_argument("--cost", default="flops", choices=COSTS)
+    parser.add_argument("--per-head", action="store_true", help="choose for each key/value head, not for each layer")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file that is not there yet")
     options = parser.parse_args(args)
     if options.output.exists():
         parser.error(f"{options.output} exists; give another name.")
     budget = Budget(max_loss=options.max_loss, max_cost=options.max_cost, cost=options.cost)
-    settings = {name: getattr(options, name) for name in ("model", "length", "windows", "max_loss", "max_cost", "cost")}
+    settings = {
+        name: getattr(options, name)
+        for name in ("model", "length", "windows", "max_loss", "max_cost", "cost", "per_head")
+    }
     settings |= {name: Path(getattr(options, name)).name for name in ("choose_on", "judge_on")}
     results = open_results(options.output, settings, "examples.choose", args)
     table = {label: config for label, config in read_variants(options.variants).items() if config is not None}
     model, tokenizer = load(options.model)
     batches = [{"input_ids": ids} for ids in stretches(tokenizer, [options.choose_on], options.length, options.windows)]
     parts = stretches(tokenizer, [options.judge_on], options.length, options.windows)
-    found = select_variants(model, batches, candidates=list(table.items()), budget=budget)
+    found = select_variants(model, batches, candidates=list(table.items()), budget=budget, per_head=options.per_head)
     results["mapping"] = {layers: config.to_dict() for layers, config in found.mapping.items()}
     results["curve"] = [
         {"cost": p.cost, "predicted_percent": 100 * p.predicted, "measured_percent": _percent(p.measured)}
         for p in found.curve
     ]
-    layers = len(found.chosen.labels)
-    rows = [(DENSE, {}, (DENSE,) * layers, 0.0), ("chosen", found.mapping, found.chosen.labels, found.chosen.measured)]
+    places, layers = len(found.chosen.labels), len(find_hosts(base_model(model)))
+    rows = [(DENSE, {}, (DENSE,) * places, 0.0), ("chosen", found.mapping, found.chosen.labels, found.chosen.measured)]
     rows += [
         (label, {f"0-{layers - 1}": table[label]}, point.labels, point.measured)
         for label, point in zip(table, found.uniform, strict=True)
@@ -63,8 +69,8 @@ def main(args: Sequence[str] | None = None) -> dict:
         with swapped(model, mapping):
             row = measure(model, parts)
         dense = results["rows"][0] if results["rows"] else row
-        row |= {"label": label, "layers": {name: labels.count(name) for name in dict.fromkeys(labels)}}
-        row["share"] = {kind: sum(found.costs[kind][name] for name in labels) / layers for kind in COSTS}
+        row |= {"label": label, "places": {name: labels.count(name) for name in dict.fromkeys(labels)}}
+        row["share"] = {kind: sum(found.costs[kind][name] for name in labels) / places for kind in COSTS}
         row["rise_percent"] = 100 * (row["perplexity"] / dense["perplexity"] - 1)
         row["rise_percent_where_chosen"] = _percent(rise)
         add_row(results, row, options.output)
@@ -85,7 +91,7 @@ def show(results: dict) -> None:
     for row in results["rows"]:
         label = row["label"]
         if label == "chosen":
-            label += ": " + ", ".join(f"{n} x {name}" for name, n in row["layers"].items())
+            label += ": " + ", ".join(f"{n} x {name}" for name, n in row["places"].items())
         cells = [f"{row['share'][kind]:.2f}" for kind in COSTS]
         rises = [f"{row[name]:+.1f} %" for name in ("rise_percent", "rise_percent_where_chosen")]
         table.add_row(label, f"{row['perplexity']:.2f}", *rises, *cells)

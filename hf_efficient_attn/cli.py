@@ -24,7 +24,7 @@ from .hosts import learned_positions
 from .patching import patch_model
 from .positions import extend_positions
 from .registry import available_variants, get_info
-from .selection import DENSE, Budget, Selection, select_variants
+from .selection import Budget, Selection, select_variants
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Efficient attention for pretrained Transformers.")
 console = Console()
@@ -101,6 +101,9 @@ def select(
     ] = None,
     max_cost: Annotated[float | None, typer.Option(help="at most this share of dense attention's cost")] = None,
     cost: Annotated[str, typer.Option(help="time, memory, flops or state")] = "time",
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="choose for each key/value head, not for each layer")
+    ] = False,
     masked_lm: Masked = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the mapping")] = None,
 ) -> None:
@@ -109,7 +112,7 @@ def select(
     batches = _or_exit(lambda: _stretches(model, net, text, length, texts, masked_lm))
     choices = [json.loads(choice) if choice.startswith("{") else choice for choice in candidates]
     budget = _or_exit(lambda: Budget(max_loss=max_loss, max_cost=max_cost, cost=cost))
-    found = _or_exit(lambda: select_variants(net, batches, candidates=choices, budget=budget))
+    found = _or_exit(lambda: select_variants(net, batches, candidates=choices, budget=budget, per_head=per_head))
     _show(found)
     if output is not None:
         mapping = {layers: config.to_dict() for layers, config in found.mapping.items()}
@@ -125,7 +128,8 @@ def _show(found: Selection) -> None:
     console.print(table)
     for layers, config in found.mapping.items():
         console.print(f"layers {layers}: {config.to_dict()}")
-    kept = [str(layer) for layer, label in enumerate(found.chosen.labels) if label == DENSE]
+    changed = {layer for layers in found.mapping for layer in layers.split(",")}
+    kept = [layer for layer in dict.fromkeys(str(score.layer) for score in found.scores) if layer not in changed]
     if kept:
         console.print(f"layers {','.join(kept)}: dense")
 

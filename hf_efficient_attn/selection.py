@@ -11,6 +11,9 @@ the Gauss-Newton term with the empirical Fisher matrix in place of the Hessian (
 pruning); the first-order term vanishes at a trained model up to noise. Rises of layers add up. Costs are measured: each
 candidate alone, at the text's length, on this machine, against exact attention. Then the mappings that are best for some
 exchange rate of loss against cost form a curve, of which few are run to see what they really lose.
+
+With `per_head` all of this is done for each key/value head, with the query heads that read it, instead of each layer: the
+same pass gives their outputs' changes side by side. A layer whose heads differ becomes `combined`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +37,8 @@ from .recovery import patched_layers
 from .registry import available_variants, build, get_info
 from .swapping import make_config
 from .variant import EfficientAttention, HostShape
+from .variants.combined import CombinedConfig
+from .variants.flash import FlashConfig
 
 COSTS = ("time", "memory", "flops", "state")
 DENSE = "dense"
@@ -68,8 +73,9 @@ class Budget:
 @dataclass(frozen=True)
 class Point:
     """
-    A mapping with what it costs and loses: `labels` names each layer's candidate; `cost` is a share of dense attention's;
-    `predicted` and `measured` are relative rises of exp(loss), `measured` None where it was not run.
+    A mapping with what it costs and loses: `labels` names the candidate of each layer, or of each key/value head, layer by
+    layer; `cost` is a share of dense attention's; `predicted` and `measured` are relative rises of exp(loss), `measured`
+    None where it was not run.
     """
 
     labels: tuple[str, ...]
@@ -81,14 +87,15 @@ class Point:
 @dataclass(frozen=True)
 class LayerScore:
     """
-    One candidate in one layer: its attention's `error`, the squared distance from dense relative to dense's square, and the
-    `rise` of the loss, in nats, that is predicted.
+    One candidate in one layer, or in one of its key/value heads (`head`, else None): its attention's `error`, the squared
+    distance from dense relative to dense's square, and the `rise` of the loss, in nats, that is predicted.
     """
 
     layer: int
     label: str
     error: float
     rise: float
+    head: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Selection:
     """
     The result. `mapping` is what `patch_model` takes (layers that stay dense are left out, so it may be empty); `chosen` is
     its point; `curve` holds the non-dominated mappings by rising cost, `uniform` each candidate in all layers, measured;
-    `scores` every candidate in every layer; `costs` each candidate's share of dense attention's cost, by kind of cost.
+    `scores` every candidate in every layer or head; `costs` each candidate's share of dense attention's cost, by kind of cost.
     """
 
     mapping: dict[str, EfficientAttentionConfig]
@@ -129,13 +136,15 @@ def select_variants(
     budget: Budget,
     loss: Loss = default_loss,
     runs: int = 6,
+    per_head: bool = False,
 ) -> Selection:
     """
     The mapping of layers to variants that meets the budget, measured on `data`: batches of the model's inputs, of the length
     that counts. The model is the dense one and stays as it is.
 
     candidates: names, configs, config dicts, or (name or label, config) pairs; dense is always one of them.
-    loss: (model, batch) -> the mean loss in nats. runs: how many mappings of the curve may be run.
+    loss: (model, batch) -> the mean loss in nats. runs: how many mappings of the curve may be run. per_head: choose for
+    each key/value head, not for each layer; a layer whose heads differ becomes `combined`.
 
     Raises:
         ValueError: no data or no candidate, data without labels for a model that does not predict the next token, a
@@ -145,33 +154,41 @@ def select_variants(
     if not batches:
         raise ValueError("select_variants needs text: `data` has no batch.")
     hosts = find_hosts(base_model(model))
-    table = _labelled(candidates, [host.shape for host in hosts])
+    table = _labelled(candidates, [host.shape for host in hosts], per_head)
     training = model.training
     model.eval()
     try:
-        dense_loss, scores = _calibrate(model, batches, table, loss)
+        dense_loss, scores = _calibrate(model, batches, table, loss, per_head)
         length = max(batch["input_ids"].shape[1] for batch in batches)
         device = batches[0]["input_ids"].device
         costs = {name: _costs(name, table, hosts[0].shape, length, device) for name in COSTS}
-        curve = _curve(scores, costs[budget.cost], len(hosts), list(table))
+        places = list(dict.fromkeys((score.layer, score.head) for score in scores))
+        rises = [{s.label: s.rise for s in scores if (s.layer, s.head) == place} for place in places]
+        layers = [layer for layer, _ in places]
+        curve = _curve(rises, costs[budget.cost])
 
         def run(point: Point) -> Point:
-            mapping = _mapping(point.labels, table)
+            mapping = _mapping(point.labels, layers, table)
             if not mapping:
                 return Point(point.labels, point.cost, point.predicted, 0.0)
             with patched(model, mapping):
                 rise = _mean_loss(model, batches, loss) - dense_loss
             return Point(point.labels, point.cost, point.predicted, math.expm1(min(rise, 700.0)))
 
-        uniform = [run(_point([label] * len(hosts), scores, costs[budget.cost])) for label in table]
+        uniform = [run(_point([label] * len(places), rises, costs[budget.cost])) for label in table]
         chosen, curve = _search(curve, uniform, budget, run, runs)
     finally:
         model.train(training)
-    return Selection(_mapping(chosen.labels, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
+    return Selection(_mapping(chosen.labels, layers, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
 
 
 def choose(
-    model: nn.Module, *, data: Any, budget: Budget | Mapping[str, Any], candidates: Any = None
+    model: nn.Module,
+    *,
+    data: Any,
+    budget: Budget | Mapping[str, Any],
+    candidates: Any = None,
+    per_head: bool = False,
 ) -> dict[str, Any]:
     """
     The mapping behind `patch_model(model, "auto", data=..., budget=...)`. Without `candidates`: every attention variant that
@@ -181,7 +198,7 @@ def choose(
     if candidates is None:
         shape = find_hosts(base_model(model))[0].shape
         candidates = [name for name in available_variants("attention") if _trains_nothing(name, shape)]
-    return select_variants(model, data, candidates=candidates, budget=budget).mapping
+    return select_variants(model, data, candidates=candidates, budget=budget, per_head=per_head).mapping
 
 
 def _trains_nothing(name: str, shape: HostShape) -> bool:
@@ -193,8 +210,12 @@ def _trains_nothing(name: str, shape: HostShape) -> bool:
     return not list(module.parameters()) and info.family != "exact"
 
 
-def _labelled(candidates: Sequence[Any], shapes: list[HostShape]) -> dict[str, EfficientAttentionConfig]:
-    """Label -> config, each of them checked against every layer."""
+def _labelled(
+    candidates: Sequence[Any], shapes: list[HostShape], per_head: bool = False
+) -> dict[str, EfficientAttentionConfig]:
+    """Label -> config, each of them checked against every layer, or one key/value head of it."""
+    if per_head:
+        shapes = [replace(shape, num_heads=shape.group_size, num_kv_heads=1) for shape in shapes]
     table: dict[str, EfficientAttentionConfig] = {}
     for candidate in candidates:
         label, choice = candidate if isinstance(candidate, tuple) else (None, candidate)
@@ -215,11 +236,11 @@ def _labelled(candidates: Sequence[Any], shapes: list[HostShape]) -> dict[str, E
 class _Trial:
     """A forward hook of one exact layer, which tries the candidates on its inputs when the output's gradient arrives."""
 
-    def __init__(self, layer: int, modules: dict[str, EfficientAttention]) -> None:
-        self.layer, self.modules = layer, modules
-        self.distance = dict.fromkeys(modules, 0.0)
-        self.rise = dict.fromkeys(modules, 0.0)
-        self.square = 0.0
+    def __init__(self, layer: int, modules: dict[str, EfficientAttention], heads: int | None) -> None:
+        self.layer, self.modules, self.heads = layer, modules, heads
+        self.distance = {label: torch.zeros(heads or 1, dtype=torch.float64) for label in modules}
+        self.rise = {label: torch.zeros(heads or 1, dtype=torch.float64) for label in modules}
+        self.square = torch.zeros(heads or 1, dtype=torch.float64)
         self.weight = 1.0  # of the batch among all
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -230,7 +251,7 @@ class _Trial:
         kwargs = {name: kwargs[name] for name in ("padding", "scaling", "causal", "hidden") if name in kwargs}
         rows = kwargs["padding"]
         tokens = exact.shape[0] * exact.shape[2] if rows is None else int(rows.lengths.sum())
-        self.square += float(exact.float().square().sum())
+        self.square += self._summed(exact.float().square())
         output = output if output.requires_grad else output.requires_grad_(True)
         output.register_hook(lambda gradient: self._try(gradient, kept, kwargs, exact, tokens))
         return output
@@ -239,19 +260,24 @@ class _Trial:
     def _try(self, gradient: Tensor, args: tuple, kwargs: dict[str, Any], exact: Tensor, tokens: int) -> None:
         for label, variant in self.modules.items():
             change = (variant(*args, **kwargs) - exact).float()
-            self.distance[label] += float(change.square().sum())
-            along = (gradient.float() * change).sum((1, 3))  # (B, N)
-            self.rise[label] += self.weight * tokens / 2 * float(along.square().sum())
+            self.distance[label] += self._summed(change.square())
+            along = (gradient.float() * change).unflatten(1, (self.heads or 1, -1)).sum((2, 4), keepdim=True)
+            self.rise[label] += self.weight * tokens / 2 * self._summed(along.flatten(1, 2).square())
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """x (B, H, ...) -> its sums over all but the key/value heads that are told apart, on the CPU."""
+        return x.unflatten(1, (self.heads or 1, -1)).transpose(0, 1).flatten(1).sum(1).double().cpu()
 
     def scores(self) -> list[LayerScore]:
         return [
-            LayerScore(self.layer, label, self.distance[label] / max(self.square, 1e-30), self.rise[label])
+            LayerScore(self.layer, label, error.item(), self.rise[label][i].item(), None if self.heads is None else i)
             for label in self.modules
+            for i, error in enumerate(self.distance[label] / self.square.clamp_min(1e-30))
         ]
 
 
-def _calibrate(model, batches, table, loss) -> tuple[float, list[LayerScore]]:
-    """The dense loss and every candidate's score in every layer, from one forward and backward pass over the batches."""
+def _calibrate(model, batches, table, loss, per_head: bool = False) -> tuple[float, list[LayerScore]]:
+    """The dense loss and every candidate's score in every layer or head, from one forward and backward pass."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     total, trials, handles = 0.0, [], []
     with patched(model, "flash"):
@@ -264,7 +290,7 @@ def _calibrate(model, batches, table, loss) -> tuple[float, list[LayerScore]]:
                     label: build(config, exact.host).to(device=weight.device, dtype=weight.dtype).eval()
                     for label, config in table.items()
                 }
-                trials.append(_Trial(number, modules))
+                trials.append(_Trial(number, modules, exact.host.num_kv_heads if per_head else None))
                 handles.append(exact.register_forward_hook(trials[-1], with_kwargs=True))
             for batch in batches:
                 for trial in trials:
@@ -322,22 +348,20 @@ def _costs(kind: str, table, shape: HostShape, length: int, device: torch.device
     return costs
 
 
-def _point(labels: Sequence[str], scores: Sequence[LayerScore], costs: Mapping[str, float]) -> Point:
-    rises = {(score.layer, score.label): score.rise for score in scores}
-    rise = sum(rises.get((layer, label), 0.0) for layer, label in enumerate(labels))
+def _point(labels: Sequence[str], rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> Point:
+    """`rises` holds for each layer or head what each candidate's rise would be."""
+    rise = sum(there.get(label, 0.0) for label, there in zip(labels, rises, strict=True))
     return Point(tuple(labels), sum(costs[label] for label in labels) / len(labels), math.expm1(min(rise, 700.0)))
 
 
-def _curve(scores: Sequence[LayerScore], costs: Mapping[str, float], layers: int, labels: Sequence[str]) -> list[Point]:
+def _curve(rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> list[Point]:
     """
     The lower convex hull of (cost, predicted rise): every mapping that is best for some exchange rate, by rising cost. From
-    each layer's cheapest candidate on, the steps along the layers' own hulls are taken in order of rise saved per cost.
+    each place's cheapest candidate on, the steps along the places' own hulls are taken in order of rise saved per cost.
     """
     steps, start = [], []
-    for layer in range(layers):
-        options = [(costs[DENSE], 0.0, DENSE)]
-        rises = {score.label: score.rise for score in scores if score.layer == layer}
-        options += [(costs[label], rises[label], label) for label in labels]
+    for place, there in enumerate(rises):
+        options = [(costs[DENSE], 0.0, DENSE), *((costs[label], rise, label) for label, rise in there.items())]
         hull: list[tuple[float, float, str]] = []
         for cost, rise, label in sorted(options):
             if hull and rise >= hull[-1][1]:
@@ -346,12 +370,12 @@ def _curve(scores: Sequence[LayerScore], costs: Mapping[str, float], layers: int
                 hull.pop()
             hull.append((cost, rise, label))
         start.append(hull[0][2])
-        steps += [(_slope(a, b), layer, b[2]) for a, b in itertools.pairwise(hull)]
+        steps += [(_slope(a, b), place, b[2]) for a, b in itertools.pairwise(hull)]
     chosen = list(start)
-    curve = [_point(chosen, scores, costs)]
-    for _, layer, label in sorted(steps, key=lambda step: -step[0]):
-        chosen[layer] = label
-        curve.append(_point(chosen, scores, costs))
+    curve = [_point(chosen, rises, costs)]
+    for _, place, label in sorted(steps, key=lambda step: -step[0]):
+        chosen[place] = label
+        curve.append(_point(chosen, rises, costs))
     return curve
 
 
@@ -395,18 +419,27 @@ def _search(curve, uniform, budget: Budget, run: Callable[[Point], Point], runs:
 
 def _words(point: Point) -> str:
     counts = {label: point.labels.count(label) for label in dict.fromkeys(point.labels)}
-    return ", ".join(f"{label} in {count} layer{'s' if count > 1 else ''}" for label, count in counts.items())
+    return ", ".join(f"{label} in {count} of {len(point.labels)}" for label, count in counts.items())
 
 
 def _mapping(
-    labels: Sequence[str], table: Mapping[str, EfficientAttentionConfig]
+    labels: Sequence[str], layers: Sequence[int], table: Mapping[str, EfficientAttentionConfig]
 ) -> dict[str, EfficientAttentionConfig]:
-    """Layers -> config, dense layers left out."""
-    numbers: dict[str, list[str]] = {}
-    for layer, label in enumerate(labels):
-        if label != DENSE:
-            numbers.setdefault(label, []).append(str(layer))
-    return {",".join(layers): table[label] for label, layers in numbers.items()}
+    """Layers -> config from the label at each place and the layer it belongs to; dense layers are left out."""
+    numbers: dict[tuple[str, ...], list[str]] = {}
+    for layer in dict.fromkeys(layers):
+        heads = tuple(label for label, place in zip(labels, layers, strict=True) if place == layer)
+        if set(heads) != {DENSE}:
+            numbers.setdefault(heads, []).append(str(layer))
+    return {",".join(chosen): _config(heads, table) for heads, chosen in numbers.items()}
+
+
+def _config(heads: Sequence[str], table: Mapping[str, EfficientAttentionConfig]) -> EfficientAttentionConfig:
+    """The variant of a layer from the labels of its key/value heads, in their order."""
+    if len(set(heads)) == 1:
+        return table[heads[0]]
+    runs = [(label, len(list(same))) for label, same in itertools.groupby(heads)]
+    return CombinedConfig(parts=[[table.get(label, FlashConfig()), share] for label, share in runs])
 
 
 STRATEGIES["auto"] = choose

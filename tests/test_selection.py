@@ -8,11 +8,19 @@ import pytest
 import torch
 from zoo import ZOO
 
-from hf_efficient_attn import BlockConfig, FlashConfig, SlidingWindowConfig, describe, patch_model, unpatch_model
+from hf_efficient_attn import (
+    BlockConfig,
+    CombinedConfig,
+    FlashConfig,
+    SlidingWindowConfig,
+    describe,
+    patch_model,
+    unpatch_model,
+)
 from hf_efficient_attn.hosts import find_hosts
 from hf_efficient_attn.patching import STRATEGIES
 from hf_efficient_attn.recovery import attention_errors
-from hf_efficient_attn.selection import Budget, _calibrate, _labelled, default_loss, select_variants
+from hf_efficient_attn.selection import Budget, _calibrate, _labelled, _mapping, default_loss, select_variants
 
 CANDIDATES = [
     ("narrow", SlidingWindowConfig(window=2, num_sinks=1)),
@@ -103,6 +111,35 @@ def test_scores_are_the_formula_s() -> None:
     patch_model(model, CANDIDATES[0][1])
     for error in attention_errors(model, [batch]):
         assert by_layer[error.layer, "narrow"].error == pytest.approx(error.error, rel=1e-3)
+
+
+def test_each_head_can_have_its_own() -> None:
+    """The score of a head is what changing this head alone does; the mapping is run, and no uniform choice is better."""
+    model, batches = sharpened()
+    table = _labelled(CANDIDATES[:1], [host.shape for host in find_hosts(model)], True)
+    _, scores = _calibrate(model, batches[:1], table, default_loss, True)
+    _, alone = _calibrate(
+        model,
+        batches[:1],
+        {"0": CombinedConfig(parts=[table["narrow"], "flash"]), "1": CombinedConfig(parts=["flash", table["narrow"]])},
+        default_loss,
+    )
+    by_place = {(score.layer, str(score.head)): score for score in scores}
+    assert len(by_place) == 4
+    for score in alone:  # whose error is relative to both heads
+        assert by_place[score.layer, score.label].rise == pytest.approx(score.rise, rel=1e-4)
+    assert len({round(score.error, 6) for score in scores}) == 4
+    budget = Budget(max_cost=0.75, cost="state")
+    found = select_variants(model, batches, candidates=CANDIDATES, budget=budget, per_head=True)
+    assert len(found.chosen.labels) == 4 and found.chosen.cost <= 0.75
+    assert all(p.measured >= found.chosen.measured for p in found.uniform if p.cost <= 0.75)
+    mixed = [p for p in found.curve if p.measured is not None and len(set(p.labels[:2])) == 2]
+    assert mixed, "no layer was split: this tests nothing"
+    mapping = _mapping(mixed[0].labels, [0, 0, 1, 1], _labelled(CANDIDATES, [host.shape for host in find_hosts(model)]))
+    patch_model(model, mapping)
+    assert describe(model)[0].variant == "combined"
+    after = sum(default_loss(model, batch).item() for batch in batches) / 2
+    assert math.expm1(after - found.dense_loss) == pytest.approx(mixed[0].measured, abs=1e-5)
 
 
 def test_the_short_form(monkeypatch) -> None:

@@ -118,6 +118,8 @@ def test_selection_is_judged_on_another_text(folder, tmp_path) -> None:
     assert list(rows) == ["dense", "chosen", "near", "half"]
     assert rows["chosen"]["share"]["flops"] <= 0.6 < 1 == rows["dense"]["share"]["flops"]
     assert rows["chosen"]["rise_percent_where_chosen"] <= rows["near"]["rise_percent_where_chosen"]
+    heads = choose.main([*given, "--per-head", "--output", str(tmp_path / "h.json")])["rows"][1]
+    assert sum(heads["places"].values()) == 4 and heads["share"]["flops"] <= 0.6
     want, tokenizer = perplexity.load(str(folder / "gpt2"))
     parts = perplexity.stretches(tokenizer, [str(other)], 64, 1)
     assert rows["dense"]["perplexity"] == pytest.approx(perplexity.measure(want, parts)["perplexity"])
