@@ -72,6 +72,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     session.results["command"] = shlex.join(["python", *command])
     session.accelerator.init_trackers("hf_efficient_attn", config={k: str(v) for k, v in session.arguments.items()})
     finished = {row["label"] for row in session.results["rows"]}
+    order = {run.label: place for place, run in enumerate(runs)}
     with progress_bars(enabled=session.accelerator.is_main_process and not args.quiet) as bars:
         overall = bars.add_task("all runs", total=len(runs), word="")
         if any(run.label not in finished for run in runs):
@@ -79,6 +80,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         for run in runs:
             if run.label not in finished:
                 session.results["rows"].append(one_run(session, run, bars))
+                session.results["rows"].sort(key=lambda row: order[row["label"]])
                 session.save()
             bars.advance(overall)
         if not args.no_cost:
@@ -262,7 +264,7 @@ def train_run(session, label, folder, objective, schedule, recipe, bars: Progres
         Collator(session.tokenizer.pad_token_id),
         recipe,
         session.folder / folder,
-        {**session.arguments, "label": label},
+        {"label": label, **{name: value for name, value in session.arguments.items() if name != "variants"}},
         lambda steps, word: bars.update(task, advance=steps, word=word),
         lambda values, step: session.accelerator.log(
             {f"{label}/{name}": value for name, value in values.items()}, step=step

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from examples.embedded import MODELS
+from examples.training import SCHEDULES
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -73,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, default=1.0, help="passes over the training data")
     add("--batch-size", type=int, default=8, help="examples of a process in one forward pass")
     add("--gradient-accumulation", type=int, default=1, help="forward passes for one update")
-    add("--learning-rate", type=float, default=1e-4, help="the highest of a linear schedule")
+    add("--learning-rate", type=float, default=1e-4, help="the highest of the schedule")
+    add("--schedule", default="linear", choices=SCHEDULES, help="of the rate after the warm-up")
     add(
         "--layer-decay",
         type=float,

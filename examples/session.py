@@ -24,7 +24,7 @@ from examples.data import Collator, Examples, Schedule, load_texts, tokenize
 from examples.objective import METRIC
 from examples.options import FREE, build_parser
 from examples.training import Recipe
-from examples.variants import RunSpec, with_controls
+from examples.variants import RunSpec, read_runs, with_controls
 
 SCHEMA = "hf_efficient_attn/finetune/1"
 PROBE = 4  # texts that attention is compared on before and after a transfer
@@ -79,6 +79,7 @@ class Session:
             max_grad_norm=args.max_grad_norm,
             seed=args.seed,
             checkpoint_every=args.checkpoint_every,
+            schedule=args.schedule,
         )
         base = models.make_base(
             args.model,
@@ -139,7 +140,7 @@ class Session:
 
 
 def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
-    """ValueError where the folder holds another run, or where there is none to resume."""
+    """ValueError where the folder holds another run, or where there is none to resume. Variants may have been added to it."""
     saved = folder / "arguments.json"
     if resume:
         if not saved.exists():
@@ -148,6 +149,8 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
         earlier = {key: value for key, value in earlier.items() if key not in FREE}
         now = json.loads(json.dumps(arguments))
         differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+        if "variants" in differing and all(run in read_runs(now["variants"]) for run in read_runs(earlier["variants"])):
+            differing.remove("variants")  # more of them
         if differing:
             changes = "; ".join(f"{key} was {earlier.get(key)!r}, is {now.get(key)!r}" for key in differing)
             raise ValueError(f"--resume: the run in {folder} had other arguments: {changes}.")

@@ -26,6 +26,14 @@ from examples.objective import Objective, scores
 Advance = Callable[[int, str], None]  # steps done since the last call, a word on how it goes
 
 
+# share of the steps after the warm-up that are still to come -> share of the highest rate
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda rest: rest,
+    "cosine": lambda rest: math.sin(math.pi / 2 * rest) ** 2,
+    "constant": lambda rest: 1.0,
+}
+
+
 class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
 
@@ -43,13 +51,17 @@ class Recipe:
     max_grad_norm: float
     seed: int
     checkpoint_every: int
+    schedule: str = "linear"
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ...: up over the warm-up share, then down, linearly, to zero after the last step."""
+        """
+        The learning rate of step 0, 1, ...: up over the warm-up share, then down to zero after the last step, linearly or as
+        half a cosine, or not down at all ("constant").
+        """
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * (self.steps - step) / max(1, self.steps - warm)
+        return self.learning_rate * SCHEDULES[self.schedule]((self.steps - step) / max(1, self.steps - warm))
 
     def examples(self, processes: int) -> int:
         """How many examples the whole training sees."""

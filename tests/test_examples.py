@@ -39,6 +39,7 @@ from examples.models import fit_positions, position_limit  # noqa: E402
 from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
 from examples.rates import layerwise  # noqa: E402
+from examples.training import Recipe  # noqa: E402
 from examples.variants import read_runs, with_controls  # noqa: E402
 from hf_efficient_attn import patch_model, unpatch_model  # noqa: E402
 
@@ -183,6 +184,31 @@ def test_another_run_is_not_overwritten(job, folder):
     assert (job[1] / "results.json").read_bytes() == before
 
 
+def test_variants_can_be_added_to_a_run(folder, tmp_path):
+    job, more = tmp_path / "out", ["--no-cost", "--controls", "zero", "--max-steps", "1"]
+    first = finetune.main(arguments(folder, job, *more, "--variants", "flash"))
+    both = finetune.main(arguments(folder, job, *more, "--variants", "block", "flash", "--resume"))
+    assert [row["label"] for row in both["rows"]] == ["dense", "block", "flash", "zero attention"]
+    assert [row for row in both["rows"] if row["label"] != "block"] == first["rows"]
+    for changed in (["block"], ["block", str(folder / "variants.yaml")]):  # one left out
+        with pytest.raises(ValueError, match="had other arguments: variants was"):
+            finetune.main(arguments(folder, job, *more, "--variants", *changed, "--resume"))
+    other = folder / "other.yaml"
+    other.write_text(yaml.safe_dump({"flash": "block"}))  # one that means something else now
+    with pytest.raises(ValueError, match="had other arguments: variants was"):
+        finetune.main(arguments(folder, job, *more, "--variants", "block", str(other), "--resume"))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules(schedule):
+    recipe = Recipe(11, 1, 1, 2.0, 0.0, 0.1, 1.0, 0, 0, schedule)
+    rates = [recipe.rate(step) for step in range(11)]
+    assert rates[:2] == pytest.approx([2.0, 2.0]) and rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[6] == pytest.approx({"linear": 1.0, "cosine": 1.0, "constant": 2.0}[schedule])
+    quarter = {"linear": 0.6, "cosine": 2 * math.sin(math.pi / 2 * 0.3) ** 2, "constant": 2.0}[schedule]
+    assert rates[8] == pytest.approx(quarter)
+
+
 def test_arguments_that_an_older_run_does_not_know_have_their_defaults(job):
     written = json.loads((job[1] / "arguments.json").read_text())
     older = job[1].parent / "older"
@@ -231,8 +257,6 @@ def test_nothing_to_resume(folder, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch, model, task):
     from safetensors.torch import load_file
 
-    from examples.training import Recipe
-
     more = [
         "--no-cost",
         "--controls",
@@ -277,8 +301,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("damage", ["foreign", "corrupt", "weights"])
 def test_a_bad_checkpoint_is_a_row_that_says_so(folder, tmp_path, monkeypatch, damage):
-    from examples.training import Recipe
-
     more = ["--no-cost", "--controls", "none", "--checkpoint-every", "1"]
     rate = Recipe.rate
 
