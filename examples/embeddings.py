@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS, model_source
@@ -31,11 +31,25 @@ from hf_efficient_attn import extend_positions
 from hf_efficient_attn.measuring import peak_memory
 
 
+def open_encoder(name: str, max_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An embedded model by name, or any that `from_pretrained` finds, with positions for that many tokens."""
+    source = model_source(name) if name in MODELS else {"path": name}
+    model, tokenizer = (kind.from_pretrained(source["path"]) for kind in (AutoModel, AutoTokenizer))
+    if max_length > getattr(model.config, "max_position_embeddings", max_length):
+        extend_positions(model, max_length, tokenizer)
+    return model.eval(), tokenizer
+
+
+def embedding(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """(width,): the mean over the tokens of a text, of length 1."""
+    mean = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
 @torch.no_grad()
 def embed(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """(texts, width): the mean over the tokens of each text, of length 1. One text is read at a time, without padding."""
-    means = [model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in texts]
-    return torch.nn.functional.normalize(torch.stack(means), dim=-1).numpy()
+    """(texts, width). One text is read at a time, without padding."""
+    return torch.stack([embedding(model, ids) for ids in texts]).numpy()
 
 
 def main(args: Sequence[str] | None = None) -> dict:
@@ -53,11 +67,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     names = ("model", "dataset", "max_length", "train_texts", "test_texts")
     settings = {name: getattr(options, name) for name in names}
     results = open_results(options.output, settings, "examples.embeddings", args)
-    source = model_source(options.model) if options.model in MODELS else {"path": options.model}
-    model, tokenizer = (kind.from_pretrained(source["path"]) for kind in (AutoModel, AutoTokenizer))
-    model.eval()
-    if options.max_length > getattr(model.config, "max_position_embeddings", options.max_length):
-        extend_positions(model, options.max_length, tokenizer)
+    model, tokenizer = open_encoder(options.model, options.max_length)
     data = load_texts(options.dataset, "classification")
     splits = [(data.train, data.train_labels, options.train_texts), (data.test, data.test_labels, options.test_texts)]
     train, test = (

@@ -100,7 +100,9 @@ def select(
         float | None, typer.Option(help="at most this relative rise of perplexity, such as 0.02")
     ] = None,
     max_cost: Annotated[float | None, typer.Option(help="at most this share of dense attention's cost")] = None,
-    cost: Annotated[str, typer.Option(help="time, memory, flops or state")] = "time",
+    cost: Annotated[list[str], typer.Option(help="time, memory, flops or state; the dearest counts if repeated")] = (
+        "time",
+    ),
     per_head: Annotated[
         bool, typer.Option("--per-head", help="choose for each key/value head, not for each layer")
     ] = False,
@@ -120,7 +122,9 @@ def select(
 
 
 def _show(found: Selection) -> None:
-    table = Table("layers", f"share of dense {found.budget.cost}", "predicted rise, %", "measured rise, %")
+    table = Table(
+        "layers", f"share of dense {' and '.join(found.budget.costs)}", "predicted rise, %", "measured rise, %"
+    )
     named = [("chosen", found.chosen)] + [(f"{point.labels[0]} in all", point) for point in found.uniform]
     for name, point in named:
         measured = "-" if point.measured is None else f"{100 * point.measured:+.2f}"

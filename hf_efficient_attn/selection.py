@@ -53,21 +53,26 @@ class Budget:
     max_loss: the highest loss of quality, as the relative rise of exp(loss): 0.02 is two per cent of perplexity. The
         cheapest mapping within it is wanted.
     max_cost: the highest cost of attention as a share of dense attention's. The best mapping within it is wanted.
-    cost: "time" of a forward pass, its peak "memory", its "flops", or bytes of decoder "state".
+    cost: "time" of a forward pass, its peak "memory", its "flops", or bytes of decoder "state"; of several, such as
+        ("flops", "state"), the dearest counts for each candidate, so that a mapping within the budget is so in all of them.
     """
 
     max_loss: float | None = None
     max_cost: float | None = None
-    cost: str = "time"
+    cost: str | Sequence[str] = "time"
 
     def __post_init__(self) -> None:
-        if self.cost not in COSTS:
-            raise ValueError(f"Budget.cost = {self.cost!r}: choose one of {', '.join(COSTS)}.")
+        if not self.costs or set(self.costs) - set(COSTS):
+            raise ValueError(f"Budget.cost = {self.cost!r}: choose one or more of {', '.join(COSTS)}.")
         if (self.max_loss is None) == (self.max_cost is None):
             raise ValueError("Budget: give either max_loss (such as 0.02) or max_cost (such as 0.33).")
         given = self.max_loss if self.max_cost is None else self.max_cost
         if not given > 0:
             raise ValueError(f"Budget: {given!r} is not above 0.")
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        return (self.cost,) if isinstance(self.cost, str) else tuple(self.cost)
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def select_variants(
         places = list(dict.fromkeys((score.layer, score.head) for score in scores))
         rises = [{s.label: s.rise for s in scores if (s.layer, s.head) == place} for place in places]
         layers = [layer for layer, _ in places]
-        curve = _curve(rises, costs[budget.cost])
+        dearest = {label: max(costs[name][label] for name in budget.costs) for label in (DENSE, *table)}
+        curve = _curve(rises, dearest)
 
         def run(point: Point) -> Point:
             mapping = _mapping(point.labels, layers, table)
@@ -175,7 +181,7 @@ def select_variants(
                 rise = _mean_loss(model, batches, loss) - dense_loss
             return Point(point.labels, point.cost, point.predicted, math.expm1(min(rise, 700.0)))
 
-        uniform = [run(_point([label] * len(places), rises, costs[budget.cost])) for label in table]
+        uniform = [run(_point([label] * len(places), rises, dearest)) for label in table]
         chosen, curve = _search(curve, uniform, budget, run, runs)
     finally:
         model.train(training)
@@ -396,8 +402,9 @@ def _search(curve, uniform, budget: Budget, run: Callable[[Point], Point], runs:
         if not found:
             nearest = min([*curve, *uniform], key=lambda point: point.cost)
             raise ValueError(
-                f"no candidate costs at most {budget.max_cost:g} of dense attention's {budget.cost}; the cheapest mapping, "
-                f"{_words(nearest)}, costs {nearest.cost:.3g}. Give cheaper candidates or a higher max_cost."
+                f"no candidate costs at most {budget.max_cost:g} of dense attention's {' and '.join(budget.costs)}; "
+                f"the cheapest mapping, {_words(nearest)}, costs {nearest.cost:.3g}. Give cheaper candidates or a higher "
+                "max_cost."
             )
         return min(found, key=lambda point: point.measured), curve
     low, high = 0, len(curve) - 1  # the last point loses least; find the first that meets the budget

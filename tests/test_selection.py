@@ -75,6 +75,17 @@ def test_the_best_within_a_cost() -> None:
     assert found.costs["state"]["narrow"] < found.costs["state"]["wide"] < 1 == found.costs["state"]["dense"]
 
 
+def test_of_several_costs_none_is_above_the_limit() -> None:
+    model, batches = sharpened()
+    pair = [("cheap state", {"variant": "linear"}), ("narrow", CANDIDATES[0][1])]
+    found = select_variants(model, batches, candidates=pair, budget=Budget(max_cost=0.85, cost=("flops", "state")))
+    for kind in ("flops", "state"):
+        shares = [found.costs[kind][label] for label in found.chosen.labels]
+        assert sum(shares) / len(shares) <= found.chosen.cost <= 0.85
+    dear = {label: max(found.costs[kind][label] for kind in ("flops", "state")) for label in ("cheap state", "narrow")}
+    assert [point.cost for point in found.uniform] == pytest.approx(list(dear.values()))
+
+
 def test_scores_are_the_formula_s() -> None:
     """T / 2 sum_t (g_t . d_t)^2 with g and d computed one layer at a time, by hand."""
     model, batches = sharpened()
@@ -167,7 +178,9 @@ def test_the_short_form(monkeypatch) -> None:
         ({"budget": {"max_cost": 0.001, "cost": "flops"}}, "the cheapest mapping"),
         ({"budget": {"max_loss": 0.1, "max_cost": 0.5}}, "give either"),
         ({"budget": {"max_loss": -1.0}}, "not above 0"),
-        ({"budget": {"max_loss": 0.1, "cost": "money"}}, "choose one of time"),
+        ({"budget": {"max_loss": 0.1, "cost": "money"}}, "choose one or more of time"),
+        ({"budget": {"max_loss": 0.1, "cost": ()}}, "choose one or more of time"),
+        ({"budget": {"max_cost": 0.001, "cost": ("flops", "state")}}, "dense attention's flops and state"),
     ],
 )
 def test_bad_input(change: dict, words: str) -> None:

@@ -1,4 +1,4 @@
-"""The reports of untrained variants, examples/perplexity.py, embeddings.py, passkey.py and choose.py, on tiny models."""
+"""The reports of untrained variants (examples/perplexity, embeddings, passkey, choose, choose_encoder) on tiny models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import choose, embeddings, passkey, perplexity
+from examples import choose, choose_encoder, embeddings, passkey, perplexity
 from hf_efficient_attn import patched
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -127,6 +128,44 @@ def test_selection_is_judged_on_another_text(folder, tmp_path) -> None:
         assert rows["chosen"]["perplexity"] == pytest.approx(perplexity.measure(want, parts)["perplexity"])
     with pytest.raises(SystemExit):
         choose.main([*given, "--output", str(tmp_path / "s.json")])
+
+
+def test_selection_for_an_encoder(folder, tmp_path) -> None:
+    (tmp_path / "few.yaml").write_text(
+        "near: {variant: block, block_size: 8}\nwide: {variant: block, block_size: 32}\n"
+    )
+    given = ["--model", str(folder / "bert"), "--dataset", str(folder / "data"), "--max-length", "64"]
+    given += [
+        "--train-texts",
+        "18",
+        "--choose-texts",
+        "6",
+        "--test-texts",
+        "12",
+        "--variants",
+        str(tmp_path / "few.yaml"),
+    ]
+    given += ["--max-cost", "0.9", "--cost", "flops", "state", "--output", str(tmp_path / "e.json")]
+    with pytest.raises(SystemExit):  # an encoder has no state to save
+        choose_encoder.main([*given, "--max-loss", "0.1"])
+    with pytest.raises(ValueError, match=r"no candidate costs at most 0\.9 of dense attention's flops and state"):
+        choose_encoder.main(given)
+    given.remove("state")
+    results = choose_encoder.main(given)
+    assert json.loads((tmp_path / "e.json").read_text()) == results
+    rows = {row["label"]: row for row in results["rows"]}
+    assert list(rows) == ["dense", "chosen", "near", "wide"] and rows["chosen"]["share"]["flops"] <= 0.9
+    assert rows["dense"]["accuracy"] > 0.8 and rows["dense"]["lost_points"] == 0
+    model, tokenizer = embeddings.open_encoder(str(folder / "bert"), 64)
+    texts = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    ids = [{"input_ids": tokenizer(t["text"])["input_ids"], "label": int(t["label"])} for t in texts]
+    probe = choose_encoder.Probe(model, ids, 100.0)
+    vectors = embeddings.embed(model, [row["input_ids"] for row in ids])
+    fitted = LogisticRegression(C=100.0, max_iter=2000).fit(vectors, [row["label"] for row in ids])
+    assert probe.accuracy(model, ids) == fitted.score(vectors, [row["label"] for row in ids])
+    losses = [probe.loss(model, {"input_ids": torch.tensor([r["input_ids"]]), "label": r["label"]}).item() for r in ids]
+    chances = fitted.predict_log_proba(vectors)[range(len(ids)), [row["label"] for row in ids]]
+    assert sum(losses) / len(losses) == pytest.approx(-chances.mean(), rel=1e-3)
 
 
 def test_a_number_is_hidden_where_it_is_said_and_asked_for(folder) -> None:

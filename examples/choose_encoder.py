@@ -1,0 +1,95 @@
+"""
+Which variant for which layer of a sentence encoder whose embeddings a classifier reads: chosen on some texts, judged on others.
+
+    python -m examples.choose_encoder --model minilm --dataset texts/ --max-length 2048 \
+        --variants candidates.yaml --max-cost 0.33 --output results.json
+
+The classifier is a logistic regression on the dense embeddings of the first texts. Nothing is trained after that:
+`hf_efficient_attn.select_variants` finds the mapping by the classifier's loss on further texts, and those of the other split
+give the accuracy with dense attention, with the chosen mapping, and with every candidate in all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from examples.choose import add_choice, add_rows, budget_of, candidates, show
+from examples.data import load_texts, tokenize
+from examples.embedded import MODELS
+from examples.embeddings import embed, embedding, open_encoder
+from examples.rows import open_results
+from hf_efficient_attn.selection import select_variants
+
+
+def main(args: Sequence[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
+    parser.add_argument("--dataset", default="embedded", help="labelled texts, as for examples/finetune.py")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens that a text is cut at")
+    parser.add_argument("--train-texts", type=int, default=200, help="to train the classifier on")
+    parser.add_argument("--choose-texts", type=int, default=40, help="to choose on")
+    parser.add_argument("--test-texts", type=int, default=100, help="to report on")
+    parser.add_argument("--strength", type=float, default=100.0, help="C of the logistic regression")
+    add_choice(parser)
+    options = parser.parse_args(args)
+    budget = budget_of(parser, options)
+    settings = {name: value for name, value in vars(options).items() if name not in ("variants", "output")}
+    results = open_results(options.output, settings, "examples.choose_encoder", args)
+    table = candidates(options)
+    model, tokenizer = open_encoder(options.model, options.max_length)
+    data = load_texts(options.dataset, "classification")
+    known, test = (
+        tokenize(texts, labels, tokenizer, options.max_length, limit).rows
+        for texts, labels, limit in (
+            (data.train, data.train_labels, options.train_texts + options.choose_texts),
+            (data.test, data.test_labels, options.test_texts),
+        )
+    )
+    train, choose_on = known[: options.train_texts], known[options.train_texts :]
+    probe = Probe(model, train, options.strength)
+    batches = [{"input_ids": torch.tensor([row["input_ids"]]), "label": row["label"]} for row in choose_on]
+    found = select_variants(
+        model, batches, candidates=list(table.items()), budget=budget, loss=probe.loss, per_head=options.per_head
+    )
+
+    def judge(row: dict, dense: dict) -> dict:
+        return {"lost_points": 100 * (dense["accuracy"] - row["accuracy"])}
+
+    add_rows(results, model, found, table, lambda: {"accuracy": probe.accuracy(model, test)}, judge, options.output)
+    show(results, "accuracy", "lost_points")
+    return results
+
+
+class Probe:
+    """A linear classifier of embeddings, trained on those of dense attention."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], strength: float) -> None:
+        vectors, labels = embed(model, [row["input_ids"] for row in rows]), [row["label"] for row in rows]
+        fitted = LogisticRegression(C=strength, max_iter=2000).fit(vectors, labels)
+        self.weight, self.bias = (torch.tensor(x, dtype=torch.float32) for x in (fitted.coef_, fitted.intercept_))
+        if len(fitted.classes_) == 2:  # which have one logit between them
+            self.weight, self.bias = (torch.cat([torch.zeros_like(x), x]) for x in (self.weight, self.bias))
+        self.classes = list(fitted.classes_)
+
+    def logits(self, model: nn.Module, ids: Sequence[int]) -> Tensor:
+        """(classes,)"""
+        return self.weight @ embedding(model, ids) + self.bias
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        target = torch.tensor(self.classes.index(batch["label"]))
+        return nn.functional.cross_entropy(self.logits(model, batch["input_ids"][0].tolist()), target)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> float:
+        right = [self.classes[self.logits(model, row["input_ids"]).argmax()] == row["label"] for row in rows]
+        return sum(right) / len(right)
+
+
+if __name__ == "__main__":
+    main()
