@@ -7,7 +7,8 @@ Tables of README.md and docs/ are made from results files.
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`. KIND is `decoders_2048` or
 `decoders_8192` (results of examples/perplexity.py), `encoders_2048` or `authors_2048` (of examples/embeddings.py),
 `passkey` (of examples/passkey.py), or `speed` (of benchmarks/attention.py), and without labels all rows are shown; or
-`finetune`, and the label is a folder of results of examples/finetune.py.
+`finetune`, and the label is a folder of results of examples/finetune.py; or `choose`, and it is a file of results of
+examples/choose.py or choose_encoder.py.
 """
 
 from __future__ import annotations
@@ -123,6 +124,19 @@ def _finetune(name: str, labels: list[str]) -> str:
     return _table(lines) + f"\nLost against dense at the same stage, {unit}. Made by `{results['command']}`.\n"
 
 
+def _choose(name: str, labels: list[str]) -> str:
+    results = json.loads((ROOT / "results" / f"{labels[0]}.json").read_text(encoding="utf-8"))
+    metric = "perplexity" if "perplexity" in results["rows"][0] else "accuracy"
+    lines = [["", metric, "lost", "FLOPs", "time", "state"]]
+    for row in results["rows"]:
+        places = ", ".join(f"{count} x `{label}`" for label, count in row["places"].items())
+        name = f"chosen: {places}" if row["label"] == "chosen" else f"`{row['label']}`"
+        lost = f"{row['rise_percent']:+.1f} %" if metric == "perplexity" else f"{row['lost_points']:+.1f} points"
+        shares = [f"{row['share'][kind]:.2f}" for kind in ("flops", "time", "state")]
+        lines.append([name, number(row[metric]), lost, *shares])
+    return _table(lines) + f"\nShares of dense attention's. Made by `{results['command']}`.\n"
+
+
 def _speed(name: str, labels: list[str]) -> str:
     with (ROOT / "results" / "attention_cpu.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
@@ -152,6 +166,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "authors_2048": _encoders,
     "passkey": _passkey,
     "finetune": _finetune,
+    "choose": _choose,
     "speed": _speed,
 }
 
