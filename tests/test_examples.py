@@ -489,6 +489,38 @@ def test_recovery_brings_attention_nearer_to_dense(peaked, tmp_path, model, task
     assert not list((tmp_path / "out").rglob("recovered-*.pt"))
 
 
+def test_two_processes_recover_as_one_does(peaked, tmp_path):
+    """The transfer's losses and errors are those of one process with batches twice as large."""
+    variants = peaked / "two.yaml"
+    small = {"variant": "linformer", "rank": 4, "max_length": 24, "segment_size": 4, "num_sinks": 1}
+    variants.write_text(yaml.safe_dump({"learns": small}))
+    more = ["--controls", "none", "--no-cost", "--variants", str(variants), "--max-steps", "2", "--cpu"]
+    more += ["--recover", str(6 * 8 * 24), "--recover-blocks", "1", "--distill", "0.5", "--gradient-checkpointing"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(ROOT / "examples" / "finetune.py"),
+    ]
+    asked = arguments(peaked, tmp_path / "two", *more, "--batch-size", "4", model="gpt2", task="causal-lm")
+    done = subprocess.run(
+        [sys.executable, *launch, *asked], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    asked = arguments(peaked, tmp_path / "one", *more, "--batch-size", "8", model="gpt2", task="causal-lm")
+    one = finetune.main(asked)
+    for ours, theirs in zip(rows_of(two).values(), rows_of(one).values(), strict=True):
+        assert ours["status"] == "ok", ours["error"]
+        assert ours["after"]["loss"] == pytest.approx(theirs["after"]["loss"], rel=1e-3)
+    ours, theirs = (rows_of(results)["learns"]["recovery"] for results in (two, one))
+    assert ours["steps"] == theirs["steps"] == 12 and ours["tokens"] == theirs["tokens"]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.05)  # a relative error of each half, or of the whole
+    assert all(b["error"] < a["error"] for a, b in zip(ours["errors_before"], ours["errors"], strict=True))
+
+
 def test_layers_learn_block_by_block(peaked, tmp_path):
     variants = peaked / "blocks.yaml"
     small = {
