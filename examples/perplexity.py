@@ -6,7 +6,7 @@ trained.
         --variants sliding_window topk_blocks --output results.json
 
 Each text gives its first `--windows` stretches of `length` tokens. For every length and variant: perplexity, its rise
-over dense in per cent, and over those of dense in the same run the peak memory, the bytes in the cache, and the seconds,
+over dense in per cent, and over those of dense in the same run the peak memory, the most bytes in the cache, and the seconds,
 which dense and the variant take in turns. The file is written after every row, and rows that it holds already are not
 computed again.
 """
@@ -27,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 from examples.embedded import MODELS, model_source, topics_text
 from examples.rows import add_row, open_results, read_variants, seconds_ratio, swapped
 from hf_efficient_attn import available_variants
+from hf_efficient_attn.dispatch import CHILD
+from hf_efficient_attn.hosts import base_model, find_hosts
 from hf_efficient_attn.losses import causal_lm_losses
-from hf_efficient_attn.measuring import cache_bytes, peak_memory
+from hf_efficient_attn.measuring import cache_bytes, peak_memory, state_bytes
 
 
 def load(name: str) -> tuple[torch.nn.Module, object]:
@@ -71,17 +73,27 @@ def read(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, Cache
     return model.base_model(ids, use_cache=True)[:2]
 
 
+def largest_cache(model: torch.nn.Module, cache: Cache, length: int) -> int:
+    """Bytes of a cache of that many tokens; of a patched layer the most that it holds while its last segment fills."""
+    total = cache_bytes(cache)
+    for host in find_hosts(base_model(model)):
+        variant = getattr(host.module, CHILD, None)
+        if variant is not None:
+            total += state_bytes(variant, length) - cache.layers[host.shape.layer].nbytes
+    return total
+
+
 @torch.no_grad()
 def measure(model: torch.nn.Module, parts: Sequence[torch.Tensor]) -> dict[str, float | int]:
     """
     `perplexity`, exp of the mean negative log-likelihood over all predicted tokens; the most bytes that reading one part
-    held above the weights, and the bytes that its cache holds then.
+    held above the weights, and the most bytes that its cache holds.
     """
     total, tokens, peaks, caches = 0.0, 0, [], []
     for ids in parts:
         found = []
         peaks.append(peak_memory(lambda ids=ids, found=found: found.extend(read(model, ids)), ids.device))
-        caches.append(cache_bytes(found[1]))
+        caches.append(largest_cache(model, found[1], ids.shape[1]))
         losses, counted = causal_lm_losses(model, ids, hidden=found[0], chunk_size=256)
         total, tokens = total + losses.sum().item(), tokens + int(counted.sum())
     return {"perplexity": math.exp(total / tokens), "peak_bytes": max(peaks), "cache_bytes": max(caches)}

@@ -3,7 +3,8 @@ What a decoder remembers between calls: `AttentionState`, one cache layer of Tra
 `TokenStore`, the keys and values of a range of positions.
 
 Every tensor has the batch first, so beam search, repetition and selection work on all states alike. Nothing stored is
-ever written in place: an earlier state stays valid, which is what lets `crop` take back the latest call.
+ever written in place: an earlier state stays valid, which is what lets `crop` take back the latest call. New tokens of
+generation go into spare room behind the newest state, which no earlier state can see.
 Positions count real tokens, per row. A position or count is an int while all rows agree and a (B,) tensor otherwise.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 Count = int | Tensor
+SPARE = 64  # slots of spare room at least
 
 
 def column(count: Count) -> Count:
@@ -96,6 +98,33 @@ class Buffer:
         return (slots < column(self.length)).expand(self.key.shape[0], -1)
 
 
+@dataclass
+class Room:
+    """A tensor (B, G, capacity, D), of which `view` shows the slots that are in use, the last of them before `end`."""
+
+    tensor: Tensor
+    view: Tensor
+    end: int
+
+    @classmethod
+    def around(cls, x: Tensor, more: int) -> Room:
+        """x (B, G, S, D) with room behind it for `more` slots and some that may come later."""
+        size = x.shape[2]
+        tensor = x.new_empty(*x.shape[:2], size + more + max(SPARE, size // 8), x.shape[3])
+        tensor[:, :, :size] = x
+        return cls(tensor, tensor[:, :, :size], size)
+
+    def takes(self, new: Tensor) -> bool:
+        """Whether `new` may be written behind the view."""
+        open_ = torch.is_inference_mode_enabled() or not self.tensor.is_inference()
+        return open_ and self.end + new.shape[2] <= self.tensor.shape[2]
+
+    def append(self, new: Tensor) -> None:
+        begin, self.end = self.end - self.view.shape[2], self.end + new.shape[2]
+        self.tensor[:, :, self.end - new.shape[2] : self.end] = new
+        self.view = self.tensor[:, :, begin : self.end]
+
+
 class TokenStore(Node):
     """
     Keys and values (B, G, S, D) of positions first..count-1 of each row, compacted in slots 0.., the rest of S unused.
@@ -104,6 +133,7 @@ class TokenStore(Node):
     def __init__(self) -> None:
         super().__init__()
         self.entries = {"key": None, "value": None, "first": 0, "count": 0}
+        self.rooms: dict[str, Room] = {}  # of an entry that is the room's view, and of no other
 
     @property
     def count(self) -> Count:
@@ -121,8 +151,7 @@ class TokenStore(Node):
         stored = count - first
         if entries["key"] is not None:
             size = entries["key"].shape[2]
-            key = torch.cat([entries["key"], key], 2)
-            value = torch.cat([entries["value"], value], 2)
+            key, value = self._appended("key", key), self._appended("value", value)
             if isinstance(stored, Tensor):  # rows end at different slots: close the gap
                 slots = torch.arange(size + n, device=key.device)
                 source = torch.where(slots < stored[:, None], slots, slots + size - stored[:, None])
@@ -130,6 +159,23 @@ class TokenStore(Node):
         added = n if lengths is None else lengths
         entries.update(key=key, value=value, count=count + added)
         return Buffer(key, value, first, stored, stored + added)
+
+    def _appended(self, name: str, new: Tensor) -> Tensor:
+        """What is stored and `new` behind it: without gradients in spare room, so that a token does not copy all before it."""
+        old, room = self.entries[name], self.rooms.pop(name, None)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or old.dtype != new.dtype:
+            return torch.cat([old, new], 2)
+        if room is None or room.view is not old or not room.takes(new):
+            room = Room.around(old, new.shape[2])
+        room.append(new)
+        self.rooms[name] = room
+        return room.view
+
+    @property
+    def nbytes(self) -> int:
+        """With spare room."""
+        rooms = [room for name, room in self.rooms.items() if room.view is self.entries[name]]
+        return super().nbytes + sum(room.tensor.nbytes - room.view.nbytes for room in rooms)
 
     def keep_from(self, position: Count, most: int) -> None:
         """
@@ -142,12 +188,13 @@ class TokenStore(Node):
         first = entries["first"]
         if all(isinstance(x, int) for x in (position, first, entries["count"])):
             drop = min(max(position - first, 0), entries["key"].shape[2])
-            if drop:
-                entries.update(
-                    key=entries["key"][:, :, drop:].clone(),
-                    value=entries["value"][:, :, drop:].clone(),  # a view would keep all of it alive
-                    first=first + drop,
-                )
+            for name in ("key", "value") if drop else ():
+                room, kept = self.rooms.get(name), entries[name][:, :, drop:]
+                if room is not None and room.view is entries[name]:
+                    room.view = entries[name] = kept
+                else:
+                    entries[name] = kept.clone()  # a view would keep all of it alive
+            entries["first"] = first + drop
             return
         drop = torch.as_tensor(position - first, device=entries["key"].device).clamp_min(0)
         drop = torch.minimum(drop, torch.as_tensor(entries["count"] - first, device=drop.device))

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import Cache
 
 from . import kernels
+from .variant import EfficientAttention
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,26 @@ def cache_bytes(past_key_values: Any) -> int:
         tensors = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
         total += storage_bytes(tensors) if own is None else int(own() if callable(own) else own)
     return total
+
+
+@torch.no_grad()
+def state_bytes(variant: EfficientAttention, length: int) -> int:
+    """
+    Bytes that a decoder variant's state holds for one text of `length` tokens: the most after the last token or the one
+    before it, since what keeps segments whole holds least where one has just ended.
+    """
+    shape, like, found = variant.host, next(variant.parameters(), torch.empty(0)), []
+    for n in {max(length - 1, 1), length}:
+        query, key, value = (
+            torch.randn(1, heads, n, shape.head_dim, dtype=like.dtype, device=like.device)
+            for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        )
+        hidden = torch.randn(1, n, shape.hidden_size, dtype=like.dtype, device=like.device)
+        state, extra = variant.make_state(), {"hidden": hidden} if variant.needs_hidden else {}
+        state.update(key, value)
+        variant(query, key, value, scaling=shape.head_dim**-0.5, causal=True, state=state, **extra)
+        found.append(state.nbytes)
+    return max(found)
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:

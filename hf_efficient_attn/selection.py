@@ -344,11 +344,7 @@ def _costs(kind: str, table, shape: HostShape, length: int, device: torch.device
         elif kind == "flops":
             costs[label] = measuring.count_flops(ours) / measuring.count_flops(dense)
         elif shape.causal:
-            state = module.make_state()
-            with torch.no_grad():
-                state.update(key, value)
-                module(query, key, value, state=state, **options, **extra)
-            costs[label] = state.nbytes / (measuring.storage_bytes([key]) + measuring.storage_bytes([value]))
+            costs[label] = measuring.state_bytes(module, length) / (key.nbytes + value.nbytes)
         else:
             costs[label] = 1.0  # an encoder keeps nothing
     return costs

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from zoo import ZOO
 
 from hf_efficient_attn import patch_model
-from hf_efficient_attn.caching import AttentionState
+from hf_efficient_attn.caching import SPARE, AttentionState, TokenStore
 
 VARIANTS = {
     "flash": {},
@@ -168,3 +168,75 @@ def test_a_state_shows_no_keys_to_those_who_look():
     cache = filled(decoder("flash"))
     assert cache.layers[0].keys.shape == (3, 2, 0, 8)
     assert cache.layers[0].nbytes > 0
+
+
+def tokens(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    drawn = torch.randn(2, 2, 3, n, 4, generator=torch.Generator().manual_seed(seed))
+    return drawn[0], drawn[1]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("window", [None, 40])
+def test_tokens_of_generation_go_behind_the_others_without_a_copy(mode, window: int | None):
+    (key, value), store, places = tokens(400), TokenStore(), set()
+    with mode():
+        store.extend(key[:, :, :50].clone(), value[:, :, :50].clone())
+        for n in range(50, 400):
+            buffer = store.extend(key[:, :, n : n + 1], value[:, :, n : n + 1])
+            first = buffer.first
+            assert torch.equal(buffer.key, key[:, :, first : n + 1])
+            assert torch.equal(buffer.value, value[:, :, first : n + 1])
+            if window:
+                store.keep_from(n + 1 - window, window)
+                assert store.entries["first"] == max(0, n + 1 - window)
+                assert store.nbytes <= 2 * 2 * 3 * (2 * window + SPARE) * 4 * 4
+            places.add(store.rooms["key"].tensor.data_ptr())
+    assert len(places) <= 10, "a copy of all tokens for each new one"
+
+
+def test_spare_room_is_shared_by_no_two_states():
+    """A state that was taken back, copied, or made in inference mode goes on without changing what another one sees."""
+    key, other, store = tokens(30)[0], tokens(30, 1)[0], TokenStore()
+
+    def add(store: TokenStore, source: Tensor, n: int) -> None:
+        store.extend(source[:, :, n : n + 1], source[:, :, n : n + 1])
+
+    with torch.no_grad():
+        store.extend(key[:, :, :10], key[:, :, :10])
+        add(store, key, 10)
+        saved, seen = store.snapshot(), store.entries["key"]
+        copied = copy.deepcopy(store)
+        for n in range(11, 15):
+            add(store, key, n)
+        longest = store.entries["key"]
+        store.restore(saved)
+        for branch in (store, copied):
+            for n in range(11, 15):
+                add(branch, other, n)
+            assert torch.equal(branch.entries["key"], torch.cat([key[:, :, :11], other[:, :, 11:15]], 2))
+        assert torch.equal(seen, key[:, :, :11]) and torch.equal(longest, key[:, :, :15])
+        store.crop_to(12)
+        add(store, key, 12)
+        assert torch.equal(store.entries["key"], torch.cat([key[:, :, :11], other[:, :, 11:12], key[:, :, 12:13]], 2))
+    with torch.inference_mode():
+        add(store, key, 13)
+        add(store, key, 14)
+    with torch.no_grad():  # where a tensor of inference mode must not be written
+        add(store, key, 15)
+    assert torch.equal(store.entries["key"][:, :, 12:], key[:, :, 12:16])
+
+
+def test_what_a_graph_holds_is_not_written():
+    (key, value), store = tokens(12), TokenStore()
+    with torch.no_grad():
+        store.extend(key[:, :, :4], value[:, :, :4])
+        store.extend(key[:, :, 4:5], value[:, :, 4:5])
+    new = value[:, :, 5:8].clone().requires_grad_()
+    buffer = store.extend(key[:, :, 5:8], new)
+    loss = (buffer.key * buffer.value).square().sum()
+    with torch.no_grad():
+        store.extend(key[:, :, 8:9], value[:, :, 8:9])
+        store.extend(key[:, :, 9:10], value[:, :, 9:10])
+    loss.backward()
+    assert torch.allclose(new.grad, 2 * key[:, :, 5:8].square() * value[:, :, 5:8])
+    assert torch.equal(store.entries["value"].detach(), value[:, :, :10])

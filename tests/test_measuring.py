@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config, GPT2LMHeadModel
+from zoo import ZOO
 
+from hf_efficient_attn import patch_model
 from hf_efficient_attn.measuring import (
     cache_bytes,
     count_flops,
@@ -16,8 +18,10 @@ from hf_efficient_attn.measuring import (
     median_time,
     peak_memory,
     resident_bytes,
+    state_bytes,
     time_ratio,
 )
+from hf_efficient_attn.recovery import patched_layers
 
 
 def test_peak_memory_sees_a_square_that_is_gone_again():
@@ -140,3 +144,14 @@ def test_cache_bytes_believes_a_layer_that_knows():
 
     cache = Holder(layers=[Holder(nbytes=7), Holder(keys=torch.zeros(10), values=torch.zeros(10), note="x")])
     assert cache_bytes(cache) == 7 + 80
+
+
+def test_state_bytes_are_the_most_while_a_segment_fills():
+    """Of a block of 8 and no sinks: seven tokens before the eighth completes it; of a window what it keeps."""
+    model = patch_model(
+        ZOO["llama"].build(), {"0": {"variant": "block", "block_size": 8, "num_sinks": 0}, "1": "flash"}
+    )
+    block, flash = (variant for _, _, variant in patched_layers(model))
+    token = 2 * block.host.num_kv_heads * block.host.head_dim * 4
+    assert [state_bytes(block, n) for n in (8, 16, 12)] == [7 * token, 7 * token, 4 * token]
+    assert state_bytes(flash, 16) == 16 * token
