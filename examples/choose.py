@@ -22,7 +22,7 @@ from rich.table import Table
 
 from examples.embedded import MODELS
 from examples.perplexity import load, measure, stretches
-from examples.rows import add_row, open_results, read_variants, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, swapped
 from hf_efficient_attn.hosts import base_model, find_hosts
 from hf_efficient_attn.selection import COSTS, DENSE, Budget, Selection, select_variants
 
@@ -36,6 +36,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     parser.add_argument("--windows", type=int, default=1, help="stretches of each text")
     add_choice(parser)
     options = parser.parse_args(args)
+    check_counts(options, length=2, windows=1)
     budget = budget_of(parser, options)
     settings = vars(options) | {name: Path(getattr(options, name)).name for name in ("choose_on", "judge_on")}
     settings = {name: value for name, value in settings.items() if name not in ("variants", "output")}
@@ -74,7 +75,16 @@ def budget_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> B
 
 
 def candidates(options: argparse.Namespace) -> dict[str, dict]:
-    return {label: config for label, config in read_variants(options.variants).items() if config is not None}
+    table = {label: config for label, config in read_variants(options.variants).items() if config is not None}
+    if "chosen" in table:
+        raise ValueError("a candidate is called 'chosen', as the row of the choice is; give it another label.")
+    return table
+
+
+def check_counts(options: argparse.Namespace, **least: int) -> None:
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {bound}.")
 
 
 def add_rows(
@@ -128,4 +138,4 @@ def show(results: dict, metric: str, lost: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -19,11 +19,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from examples.choose import add_choice, add_rows, budget_of, candidates, show
+from examples.choose import add_choice, add_rows, budget_of, candidates, check_counts, show
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS
 from examples.embeddings import embed, embedding, open_encoder
-from examples.rows import open_results
+from examples.rows import open_results, run_program
 from hf_efficient_attn.selection import select_variants
 
 
@@ -38,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     parser.add_argument("--strength", type=float, default=100.0, help="C of the logistic regression")
     add_choice(parser)
     options = parser.parse_args(args)
+    check_counts(options, max_length=1, train_texts=2, choose_texts=1, test_texts=1)
     budget = budget_of(parser, options)
     settings = {name: value for name, value in vars(options).items() if name not in ("variants", "output")}
     results = open_results(options.output, settings, "examples.choose_encoder", args)
@@ -52,6 +53,12 @@ def main(args: Sequence[str] | None = None) -> dict:
         )
     )
     train, choose_on = known[: options.train_texts], known[options.train_texts :]
+    unknown = {row["label"] for row in choose_on + test} - {row["label"] for row in train}
+    if not choose_on or unknown:
+        raise ValueError(
+            f"{options.dataset}: of {len(known)} texts {len(train)} train the classifier, which leaves {len(choose_on)} to "
+            f"choose on and {len(unknown)} classes that it never saw; change --train-texts and --choose-texts."
+        )
     probe = Probe(model, train, options.strength)
     batches = [{"input_ids": torch.tensor([row["input_ids"]]), "label": row["label"]} for row in choose_on]
     found = select_variants(
@@ -92,4 +99,4 @@ class Probe:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS, model_source
-from examples.rows import add_row, open_results, read_variants, seconds_ratio, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, swapped
 from hf_efficient_attn import extend_positions
 from hf_efficient_attn.measuring import peak_memory
 
@@ -118,4 +118,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

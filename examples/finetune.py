@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     session.results["command"] = shlex.join(["python", *command])
     session.accelerator.init_trackers("hf_efficient_attn", config={k: str(v) for k, v in session.arguments.items()})
     finished = {row["label"] for row in session.results["rows"]}
-    order = {run.label: place for place, run in enumerate(runs)}
+    order = {EAGER: 0.5} | {run.label: place for place, run in enumerate(runs)}  # behind dense
     with progress_bars(enabled=session.accelerator.is_main_process and not args.quiet) as bars:
         overall = bars.add_task("all runs", total=len(runs), word="")
         if any(run.label not in finished for run in runs):
@@ -185,7 +185,8 @@ def recover_run(
         worse = [
             e["layer"] for e in errors_of(model, probe) if e["layer"] in block and not e["error"] <= before[e["layer"]]
         ]
-        transfer.undo(worse)
+        if worse:
+            transfer.undo(worse)
         found["undone"] += worse
         for name, value in saved["training"].items():
             found[name] += value
@@ -264,7 +265,7 @@ def train_run(session, label, folder, objective, schedule, recipe, bars: Progres
         Collator(session.tokenizer.pad_token_id),
         recipe,
         session.folder / folder,
-        {"label": label, **{name: value for name, value in session.arguments.items() if name != "variants"}},
+        {"label": label, **{k: v for k, v in session.arguments.items() if k not in ("variants", "runs")}},
         lambda steps, word: bars.update(task, advance=steps, word=word),
         lambda values, step: session.accelerator.log(
             {f"{label}/{name}": value for name, value in values.items()}, step=step

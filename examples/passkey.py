@@ -23,7 +23,7 @@ from rich.table import Table
 
 from examples.embedded import MODELS
 from examples.perplexity import load, read_text
-from examples.rows import add_row, open_results, read_variants, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, swapped
 
 HIDDEN = "\nThe pass key is{number}. Remember it.{number} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -112,4 +112,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

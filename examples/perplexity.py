@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from examples.embedded import MODELS, model_source, topics_text
-from examples.rows import add_row, open_results, read_variants, seconds_ratio, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, swapped
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
 from hf_efficient_attn.hosts import base_model, find_hosts
@@ -153,4 +153,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -22,14 +22,33 @@ from hf_efficient_attn import patched
 
 
 def read_variants(names: Sequence[str]) -> dict[str, dict | None]:
-    """label -> config, None for dense; names of the registry, and YAML files label -> {variant: ..., ...}."""
+    """
+    label -> config, None for dense; names of the registry, and YAML files label -> {variant: ..., ...}.
+
+    Raises:
+        SystemExit: with a sentence, where a file is none of these.
+    """
     chosen: dict[str, dict | None] = {"dense": None}
     for name in names:
-        if name.endswith((".yaml", ".yml")):
-            chosen.update(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
-        else:
-            chosen[name] = {"variant": name}
+        if not name.endswith((".yaml", ".yml")):
+            chosen.setdefault(name, {"variant": name})
+            continue
+        try:
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            sys.exit(f"--variants {name}: {error}")
+        if not isinstance(content, dict) or not all(isinstance(config, dict) for config in content.values()):
+            sys.exit(f"--variants {name}: expected a mapping such as label: {{variant: block, block_size: 64}}.")
+        chosen.update(content)
     return chosen
+
+
+def run_program(main: Callable[[], Any]) -> None:
+    """main(), whose ValueErrors and missing files become one sentence and an exit code."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def swapped(model: torch.nn.Module, variant: Any) -> AbstractContextManager:

@@ -48,6 +48,7 @@ class Session:
         )
         self.arguments = {name: value for name, value in vars(args).items() if name not in FREE}
         self.arguments["processes"] = self.accelerator.num_processes
+        self.arguments["runs"] = [vars(run) for run in runs]  # what the variants meant
         check_folder(self.folder, self.arguments, args.resume)
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         self.texts = load_texts(
@@ -149,8 +150,10 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
         earlier = {key: value for key, value in earlier.items() if key not in FREE}
         now = json.loads(json.dumps(arguments))
         differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
-        if "variants" in differing and all(run in read_runs(now["variants"]) for run in read_runs(earlier["variants"])):
-            differing.remove("variants")  # more of them
+        if all(run in now["runs"] for run in earlier.get("runs") or map(vars, read_runs(earlier["variants"]))):
+            differing = [name for name in differing if name not in ("variants", "runs")]  # more of them
+        elif "variants" in differing:
+            differing.remove("runs")
         if differing:
             changes = "; ".join(f"{key} was {earlier.get(key)!r}, is {now.get(key)!r}" for key in differing)
             raise ValueError(f"--resume: the run in {folder} had other arguments: {changes}.")

@@ -24,7 +24,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .hosts import cache_argument
-from .swapping import is_patched, plan, revert_layers, saved_form, swap_layers
+from .registry import get_info
+from .swapping import as_list, is_patched, plan, revert_layers, saved_form, swap_layers
 
 PREFIX = "efficient_"
 FIELD = "efficient_attention"
@@ -141,16 +142,24 @@ def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module |
         setattr(model.config, FIELD, mapping)
 
 
-def release(model: PreTrainedModel) -> None:
-    """The inverse of `adopt`."""
-    revert_layers(model)
+def release(model: PreTrainedModel, kind: str | None = None) -> None:
+    """The inverse of `adopt`; of a `kind`, for the variants of that kind."""
+    revert_layers(model, kind)
     for part in _models(model):
-        for key in [key for key, hook in part._forward_pre_hooks.items() if hook is refuse_attention_maps]:
-            del part._forward_pre_hooks[key]
-            part._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in part._forward_hooks.items() if hook is add_auxiliary_loss]:
-            del part._forward_hooks[key]
-            part._forward_hooks_with_kwargs.pop(key, None)
+        if not is_patched(model, "attention"):
+            for key in [key for key, hook in part._forward_pre_hooks.items() if hook is refuse_attention_maps]:
+                del part._forward_pre_hooks[key]
+                part._forward_pre_hooks_with_kwargs.pop(key, None)
+        if not is_patched(model):
+            for key in [key for key, hook in part._forward_hooks.items() if hook is add_auxiliary_loss]:
+                del part._forward_hooks[key]
+                part._forward_hooks_with_kwargs.pop(key, None)
+    if is_patched(model):
+        if isinstance(model, EfficientModelMixin):
+            entries = ((layers, c) for layers, value in getattr(model.config, FIELD).items() for c in as_list(value))
+            left = saved_form((layers, c) for layers, c in entries if get_info(c["variant"]).kind != kind)
+            setattr(model.config, FIELD, left)
+        return
     if isinstance(model.config, EfficientConfigMixin):
         model.config.__dict__.pop(FIELD, None)
         model.config.__class__ = model.config.dense_class

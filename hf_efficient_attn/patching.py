@@ -18,6 +18,7 @@ from .variant import EfficientLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
+KINDS = ("attention", "feed-forward")
 STRATEGIES: dict[str, Callable[..., Mapping[Any, Any]]] = {}  # name -> (model, **keywords) -> a mapping to patch with
 
 
@@ -52,15 +53,13 @@ def patch_model(
             raise ValueError("a mapping names its own layers and hyper-parameters; leave out `layers` and keywords.")
         choices: Mapping[Any, Any] = variant
     elif isinstance(variant, str) and variant in STRATEGIES:
-        if layers is not None:
-            raise ValueError(f"{variant!r} chooses the layers itself; leave out `layers`.")
-        choices = STRATEGIES[variant](model, **hyper)
+        choices = STRATEGIES[variant](model, layers=layers, **hyper)
         if not choices:
             raise ValueError(
                 f"{variant!r} found nothing better than dense attention within the budget; the model stays as it is."
             )
     else:
-        choices = {_as_key(layers): make_config(variant, hyper)}
+        choices = {as_key(layers): make_config(variant, hyper)}
     adopt(base, choices, model)
     return model
 
@@ -82,12 +81,16 @@ def unpatch_model(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, variant: Any, *, layers: Layers = None, **hyper: Any) -> Iterator[Model]:
-    """`patch_model` for the length of a `with` block."""
+    """`patch_model` for the length of a `with` block; what the model was patched with before stays."""
+    base = base_model(model)
+    before = [kind for kind in KINDS if is_patched(base, kind)]
     patch_model(model, variant, layers=layers, **hyper)
     try:
         yield model
     finally:
-        unpatch_model(model)
+        for kind in KINDS:
+            if kind not in before and is_patched(base, kind):
+                release(base, kind)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,6 @@ def describe(model: nn.Module) -> Description:
     return Description(sorted(rows, key=lambda row: row.layer))
 
 
-def _as_key(layers: Layers) -> Any:
+def as_key(layers: Layers) -> Any:
     """A hashable form of `layers` for a mapping of one entry."""
     return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers

@@ -91,23 +91,36 @@ class Transfer:
         self._layers = layers
         self._watches = [_Watch(learns=True) for _ in layers]
         self.parameters: list[nn.Parameter] = list({p: None for _, _, v in layers for p in v.parameters()})
-        self._start = {p: p.detach().clone() for p in self.parameters}
+        self._start = [{name: x.clone() for name, x in v.state_dict().items()} for _, _, v in layers]
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """
         The parameters, each with a rate relative to its size: lr times the root mean square of its entries that are not
         zero (of a map that begins as the identity: 1), or lr where all are. One rate for all would leave feature maps as
         they are or tear small projections apart (Shazeer and Stern 2018, Adafactor, arXiv:1804.04235, section 8).
+
+        Raises:
+            ValueError: these variants bring no parameters.
         """
+        if not self.parameters:
+            raise ValueError("these variants bring no parameters to train; fine-tune the model's own weights.")
         return [{"params": [p], "lr": lr * _size(p)} for p in self.parameters]
 
     @torch.no_grad()
-    def undo(self, layers: Iterable[int]) -> None:
-        """Parameters that layers share are put back for all of them."""
-        chosen = set(layers)
-        for number, _, variant in self._layers:
-            for parameter in variant.parameters() if number in chosen else ():
-                parameter.copy_(self._start[parameter])
+    def undo(self, layers: Layers) -> None:
+        """
+        Puts back what these layers' variants held when the transfer began; parameters that layers share for all of them.
+
+        Raises:
+            ValueError: a layer that takes no part.
+        """
+        own = [number for number, _, _ in self._layers]
+        chosen = parse_layers(layers, max(own) + 1)
+        if set(chosen) - set(own):
+            raise ValueError(f"layers = {layers!r}: the transfer has layers {own}.")
+        for (number, _, variant), start in zip(self._layers, self._start, strict=True):
+            if number in chosen:
+                variant.load_state_dict(start)
 
     def loss(self) -> Tensor:
         if any(watch.distance is None for watch in self._watches):

@@ -32,10 +32,10 @@ from .config import EfficientAttentionConfig
 from .hosts import base_model, find_hosts
 from .losses import causal_lm_losses, has_plain_head
 from .ops.exact import exact_attention
-from .patching import STRATEGIES, patched
+from .patching import STRATEGIES, as_key, patched
 from .recovery import patched_layers
 from .registry import available_variants, build, get_info
-from .swapping import make_config
+from .swapping import Layers, make_config, parse_layers, plan
 from .variant import EfficientAttention, HostShape
 from .variants.combined import CombinedConfig
 from .variants.flash import FlashConfig
@@ -122,12 +122,20 @@ class Selection:
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean loss in nats: the model's own where the batch has `labels`, else that of the next tokens."""
+    """
+    The mean loss in nats: the model's own where the batch has `labels`, else that of the next tokens.
+
+    Raises:
+        ValueError: no labels, and the model does not predict the next token.
+    """
     if "labels" in batch:
         return model(**batch).loss
+    inner = base_model(model)
+    if not all(host.shape.causal for host in find_hosts(inner)) or inner.get_output_embeddings() is None:
+        raise ValueError(f"{type(inner).__name__} does not predict the next token; give batches with `labels`.")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if has_plain_head(model, ids):
-        losses, predicted = causal_lm_losses(model, ids, mask)
+    if batch.keys() <= {"input_ids", "attention_mask"} and has_plain_head(inner, ids):
+        losses, predicted = causal_lm_losses(inner, ids, mask)
         return losses.sum() / predicted.sum()
     labels = ids if mask is None else ids.masked_fill(~mask.bool(), -100)
     return model(**batch, labels=labels, use_cache=False).loss
@@ -142,50 +150,61 @@ def select_variants(
     loss: Loss = default_loss,
     runs: int = 6,
     per_head: bool = False,
+    layers: Layers = None,
 ) -> Selection:
     """
     The mapping of layers to variants that meets the budget, measured on `data`: batches of the model's inputs, of the length
     that counts. The model is the dense one and stays as it is.
 
-    candidates: names, configs, config dicts, or (name or label, config) pairs; dense is always one of them.
-    loss: (model, batch) -> the mean loss in nats. runs: how many mappings of the curve may be run. per_head: choose for
-    each key/value head, not for each layer; a layer whose heads differ becomes `combined`.
+    candidates: names, configs, config dicts, (name or label, config) pairs, or a mapping of labels to these; dense is always
+    one of them. loss: (model, batch) -> the mean loss in nats. runs: how many mappings of the curve may be run. per_head:
+    choose for each key/value head, not for each layer; a layer whose heads differ becomes `combined`. layers: those to
+    choose for, as for `patch_model`; all others stay dense, and costs count none of them.
 
     Raises:
-        ValueError: no data or no candidate, data without labels for a model that does not predict the next token, a
-            candidate that cannot serve the model, or a budget that nothing meets, with the nearest that exists.
+        ValueError: no data or no candidate, a loss that is not finite, a candidate that cannot serve the model, decoder
+            state as the cost of an encoder, or a budget that nothing meets, with the nearest that exists.
     """
-    batches = list(data)
+    batches = [] if isinstance(data, Mapping) else list(data)
     if not batches:
-        raise ValueError("select_variants needs text: `data` has no batch.")
-    hosts = find_hosts(base_model(model))
-    table = _labelled(candidates, [host.shape for host in hosts], per_head)
+        raise ValueError("select_variants needs text: `data` must be a list of batches, and has none.")
+    if runs < 1:
+        raise ValueError(f"runs = {runs}: at least one mapping must be run.")
+    base = base_model(model)
+    hosts = find_hosts(base)
+    shapes = [hosts[number].shape for number in parse_layers(layers, len(hosts))]
+    table = _labelled(base, candidates, layers, shapes if per_head else [])
+    if "state" in budget.costs and not any(shape.causal for shape in shapes):
+        raise ValueError(
+            f"{type(base).__name__} keeps no decoder state that could be a cost; leave it out of the budget."
+        )
     training = model.training
     model.eval()
     try:
-        dense_loss, scores = _calibrate(model, batches, table, loss, per_head)
-        length = max(batch["input_ids"].shape[1] for batch in batches)
-        device = batches[0]["input_ids"].device
-        costs = {name: _costs(name, table, hosts[0].shape, length, device) for name in COSTS}
+        dense_loss, length, scores = _calibrate(model, batches, table, loss, per_head, layers)
+        if not math.isfinite(dense_loss):
+            raise ValueError(
+                f"the dense model's loss on this text is {dense_loss}, which nothing can be compared with."
+            )
+        costs = {name: _costs(name, table, shapes, length, next(model.parameters())) for name in COSTS}
         places = list(dict.fromkeys((score.layer, score.head) for score in scores))
         rises = [{s.label: s.rise for s in scores if (s.layer, s.head) == place} for place in places]
-        layers = [layer for layer, _ in places]
+        numbers = [layer for layer, _ in places]
         dearest = {label: max(costs[name][label] for name in budget.costs) for label in (DENSE, *table)}
         curve = _curve(rises, dearest)
 
         def run(point: Point) -> Point:
-            mapping = _mapping(point.labels, layers, table)
+            mapping = _mapping(point.labels, numbers, table)
             if not mapping:
-                return Point(point.labels, point.cost, point.predicted, 0.0)
+                return replace(point, measured=0.0)
             with patched(model, mapping):
-                rise = _mean_loss(model, batches, loss) - dense_loss
-            return Point(point.labels, point.cost, point.predicted, math.expm1(min(rise, 700.0)))
+                return replace(point, measured=_relative(_mean_loss(model, batches, loss) - dense_loss))
 
         uniform = [run(_point([label] * len(places), rises, dearest)) for label in table]
         chosen, curve = _search(curve, uniform, budget, run, runs)
     finally:
         model.train(training)
-    return Selection(_mapping(chosen.labels, layers, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
+    return Selection(_mapping(chosen.labels, numbers, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
 
 
 def choose(
@@ -195,16 +214,23 @@ def choose(
     budget: Budget | Mapping[str, Any],
     candidates: Any = None,
     per_head: bool = False,
+    layers: Layers = None,
 ) -> dict[str, Any]:
     """
     The mapping behind `patch_model(model, "auto", data=..., budget=...)`. Without `candidates`: every attention variant that
     brings no parameters, and so needs no training, with its own defaults.
     """
-    budget = budget if isinstance(budget, Budget) else Budget(**budget)
+    if not isinstance(budget, Budget):
+        try:
+            budget = Budget(**budget)
+        except TypeError as error:
+            raise ValueError(f"budget = {budget!r}: give max_loss or max_cost, and cost.") from error
     if candidates is None:
         shape = find_hosts(base_model(model))[0].shape
+        shape = _one_head(shape) if per_head else shape
         candidates = [name for name in available_variants("attention") if _trains_nothing(name, shape)]
-    return select_variants(model, data, candidates=candidates, budget=budget, per_head=per_head).mapping
+    options = {"candidates": candidates, "budget": budget, "per_head": per_head, "layers": layers}
+    return select_variants(model, data, **options).mapping
 
 
 def _trains_nothing(name: str, shape: HostShape) -> bool:
@@ -216,23 +242,32 @@ def _trains_nothing(name: str, shape: HostShape) -> bool:
     return not list(module.parameters()) and info.family != "exact"
 
 
+def _one_head(shape: HostShape) -> HostShape:
+    """A layer of one key/value head and the query heads that read it."""
+    return replace(shape, num_heads=shape.group_size, num_kv_heads=1)
+
+
 def _labelled(
-    candidates: Sequence[Any], shapes: list[HostShape], per_head: bool = False
+    model: nn.Module, candidates: Any, layers: Layers, split: Sequence[HostShape]
 ) -> dict[str, EfficientAttentionConfig]:
-    """Label -> config, each of them checked against every layer, or one key/value head of it."""
-    if per_head:
-        shapes = [replace(shape, num_heads=shape.group_size, num_kv_heads=1) for shape in shapes]
+    """Label -> config, each of them able to serve these layers, and one key/value head of those in `split`."""
+    if isinstance(candidates, str):
+        raise ValueError(f"candidates = {candidates!r}: give a list of variants.")
     table: dict[str, EfficientAttentionConfig] = {}
-    for candidate in candidates:
+    for candidate in candidates.items() if isinstance(candidates, Mapping) else candidates:
         label, choice = candidate if isinstance(candidate, tuple) else (None, candidate)
         config = make_config(choice)
-        module_class = get_info(config.name).module_class
-        config = module_class.resolve(config, shapes[0])
-        for shape in shapes:
-            module_class.check_host(config, shape)
         label = label or (choice if isinstance(choice, str) else config.name)
         if label in table or label == DENSE:
             raise ValueError(f"two candidates are called {label!r}; give each a label, as in ('small window', config).")
+        if get_info(config.name).kind != "attention":
+            raise ValueError(f"candidate {label!r} replaces no attention, so it cannot stand in for a layer's.")
+        plan(model, {as_key(layers): config})
+        for shape in split:
+            try:
+                build(config, _one_head(shape))
+            except ValueError as error:
+                raise ValueError(f"candidate {label!r} for a key/value head by itself (per_head): {error}") from error
         table[label] = config
     if not table:
         raise ValueError("select_variants needs at least one candidate beside dense.")
@@ -242,12 +277,12 @@ def _labelled(
 class _Trial:
     """A forward hook of one exact layer, which tries the candidates on its inputs when the output's gradient arrives."""
 
-    def __init__(self, layer: int, modules: dict[str, EfficientAttention], heads: int | None) -> None:
-        self.layer, self.modules, self.heads = layer, modules, heads
+    def __init__(self, layer: int, modules: dict[str, EfficientAttention], heads: int | None, weight: float) -> None:
+        self.layer, self.modules, self.heads, self.weight = layer, modules, heads, weight  # of a batch among all
+        self.length = 0  # tokens of the longest text
         self.distance = {label: torch.zeros(heads or 1, dtype=torch.float64) for label in modules}
         self.rise = {label: torch.zeros(heads or 1, dtype=torch.float64) for label in modules}
         self.square = torch.zeros(heads or 1, dtype=torch.float64)
-        self.weight = 1.0  # of the batch among all
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # not the pass that counts
@@ -257,6 +292,7 @@ class _Trial:
         kwargs = {name: kwargs[name] for name in ("padding", "scaling", "causal", "hidden") if name in kwargs}
         rows = kwargs["padding"]
         tokens = exact.shape[0] * exact.shape[2] if rows is None else int(rows.lengths.sum())
+        self.length = max(self.length, exact.shape[2])
         self.square += self._summed(exact.float().square())
         output = output if output.requires_grad else output.requires_grad_(True)
         output.register_hook(lambda gradient: self._try(gradient, kept, kwargs, exact, tokens))
@@ -275,18 +311,23 @@ class _Trial:
         return x.unflatten(1, (self.heads or 1, -1)).transpose(0, 1).flatten(1).sum(1).double().cpu()
 
     def scores(self) -> list[LayerScore]:
+        """What is not a number counts as infinitely bad."""
+        rises = {label: rise.nan_to_num(math.inf, math.inf).tolist() for label, rise in self.rise.items()}
         return [
-            LayerScore(self.layer, label, error.item(), self.rise[label][i].item(), None if self.heads is None else i)
+            LayerScore(self.layer, label, error.item(), rises[label][i], None if self.heads is None else i)
             for label in self.modules
             for i, error in enumerate(self.distance[label] / self.square.clamp_min(1e-30))
         ]
 
 
-def _calibrate(model, batches, table, loss, per_head: bool = False) -> tuple[float, list[LayerScore]]:
-    """The dense loss and every candidate's score in every layer or head, from one forward and backward pass."""
+@torch.enable_grad()
+def _calibrate(
+    model, batches, table, loss, per_head: bool = False, layers: Layers = None
+) -> tuple[float, int, list[LayerScore]]:
+    """The dense loss, the longest text, and every candidate's score in every layer or head, from one forward and backward."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     total, trials, handles = 0.0, [], []
-    with patched(model, "flash"):
+    with patched(model, "flash", layers=layers):
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
@@ -296,11 +337,10 @@ def _calibrate(model, batches, table, loss, per_head: bool = False) -> tuple[flo
                     label: build(config, exact.host).to(device=weight.device, dtype=weight.dtype).eval()
                     for label, config in table.items()
                 }
-                trials.append(_Trial(number, modules, exact.host.num_kv_heads if per_head else None))
+                exact.needs_hidden = any(module.needs_hidden for module in modules.values())
+                trials.append(_Trial(number, modules, exact.host.num_kv_heads if per_head else None, 1 / len(batches)))
                 handles.append(exact.register_forward_hook(trials[-1], with_kwargs=True))
             for batch in batches:
-                for trial in trials:
-                    trial.weight = 1 / len(batches)
                 value = loss(model, batch)
                 value.backward()
                 total += float(value.detach()) / len(batches)
@@ -309,7 +349,7 @@ def _calibrate(model, batches, table, loss, per_head: bool = False) -> tuple[flo
                 handle.remove()
             for parameter, requires in wanted.items():
                 parameter.requires_grad_(requires)
-    return total, [score for trial in trials for score in trial.scores()]
+    return total, max(trial.length for trial in trials), [score for trial in trials for score in trial.scores()]
 
 
 @torch.no_grad()
@@ -317,43 +357,55 @@ def _mean_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], loss: 
     return sum(float(loss(model, batch)) for batch in batches) / len(batches)
 
 
-def _costs(kind: str, table, shape: HostShape, length: int, device: torch.device) -> dict[str, float]:
-    """Each candidate's cost as a share of exact attention's, for one text of `length` tokens; dense is 1."""
+def _relative(rise: float) -> float:
+    """The relative rise of exp(loss) from the loss's rise in nats; what is not finite counts as infinitely bad."""
+    return math.expm1(min(rise, 700.0)) if math.isfinite(rise) else math.inf
+
+
+def _costs(kind: str, table, shapes: Sequence[HostShape], length: int, like: Tensor) -> dict[str, float]:
+    """
+    Each candidate's cost as a share of exact attention's, for one text of `length` tokens of the dtype and device of `like`;
+    the mean over the layers. Dense is 1.
+    """
+    alike = [replace(shape, layer=0, patched_index=0) for shape in shapes]
+    if kind == "state":  # which encoder layers do not keep
+        alike = [shape for shape in alike if shape.causal]
+    costs = dict.fromkeys((DENSE, *table), 1.0)
+    for label, config in table.items() if alike else ():
+        found = {shape: _cost(kind, config, shape, length, like) for shape in dict.fromkeys(alike)}
+        costs[label] = sum(found[shape] for shape in alike) / len(alike)
+    return costs
+
+
+def _cost(kind: str, config, shape: HostShape, length: int, like: Tensor) -> float:
+    placed = {"dtype": like.dtype, "device": like.device}
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    query, key, value = (torch.randn(1, n, length, shape.head_dim, device=device) for n in heads)
-    hidden = torch.randn(1, length, shape.hidden_size, device=device)
+    query, key, value = (torch.randn(1, n, length, shape.head_dim, **placed) for n in heads)
     options = {"scaling": shape.head_dim**-0.5, "causal": shape.causal}
+    module = build(config, shape).to(**placed).eval()
+    extra = {"hidden": torch.randn(1, length, shape.hidden_size, **placed)} if module.needs_hidden else {}
 
     @torch.no_grad()
     def dense() -> None:
         exact_attention(query, key, value, lengths=None, **options)
 
-    costs = {DENSE: 1.0}
-    for label, config in table.items():
-        module = build(config, shape).to(device).eval()
-        extra = {"hidden": hidden} if module.needs_hidden else {}
+    @torch.no_grad()
+    def ours() -> None:
+        module(query, key, value, **options, **extra)
 
-        @torch.no_grad()
-        def ours(module: EfficientAttention = module, extra: dict = extra) -> None:
-            module(query, key, value, **options, **extra)
-
-        if kind == "time":
-            costs[label] = measuring.time_ratio(ours, dense, device=device).ratio
-        elif kind == "memory":
-            costs[label] = measuring.peak_memory(ours, device) / measuring.peak_memory(dense, device)
-        elif kind == "flops":
-            costs[label] = measuring.count_flops(ours) / measuring.count_flops(dense)
-        elif shape.causal:
-            costs[label] = measuring.state_bytes(module, length) / (key.nbytes + value.nbytes)
-        else:
-            costs[label] = 1.0  # an encoder keeps nothing
-    return costs
+    if kind == "time":
+        return measuring.time_ratio(ours, dense, device=like.device).ratio
+    if kind == "memory":
+        return measuring.peak_memory(ours, like.device) / measuring.peak_memory(dense, like.device)
+    if kind == "flops":
+        return measuring.count_flops(ours) / measuring.count_flops(dense)
+    return measuring.state_bytes(module, length) / (key.nbytes + value.nbytes)
 
 
 def _point(labels: Sequence[str], rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> Point:
     """`rises` holds for each layer or head what each candidate's rise would be."""
     rise = sum(there.get(label, 0.0) for label, there in zip(labels, rises, strict=True))
-    return Point(tuple(labels), sum(costs[label] for label in labels) / len(labels), math.expm1(min(rise, 700.0)))
+    return Point(tuple(labels), math.fsum(costs[label] for label in labels) / len(labels), _relative(rise))
 
 
 def _curve(rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> list[Point]:
@@ -363,7 +415,8 @@ def _curve(rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> 
     """
     steps, start = [], []
     for place, there in enumerate(rises):
-        options = [(costs[DENSE], 0.0, DENSE), *((costs[label], rise, label) for label, rise in there.items())]
+        options = [(costs[label], rise, label) for label, rise in there.items() if math.isfinite(rise)]
+        options.append((costs[DENSE], 0.0, DENSE))
         hull: list[tuple[float, float, str]] = []
         for cost, rise, label in sorted(options):
             if hull and rise >= hull[-1][1]:
@@ -390,11 +443,12 @@ def _search(curve, uniform, budget: Budget, run: Callable[[Point], Point], runs:
     """The best point within the budget among those that are run, and the curve with what was measured of it."""
     curve = list(curve)
     if budget.max_cost is not None:
-        within = [i for i, point in enumerate(curve) if point.cost <= budget.max_cost]
+        limit = budget.max_cost * (1 + 1e-9)  # costs are sums of shares
+        within = [i for i, point in enumerate(curve) if point.cost <= limit]
         for i in within[-runs:]:
             curve[i] = run(curve[i])
         found = [curve[i] for i in within if curve[i].measured is not None]
-        found += [point for point in uniform if point.cost <= budget.max_cost]
+        found += [point for point in uniform if point.cost <= limit]
         if not found:
             nearest = min([*curve, *uniform], key=lambda point: point.cost)
             raise ValueError(

@@ -157,11 +157,11 @@ def saved_form(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The mapping of these entries; where the same layers have an attention and a feed-forward variant, a list of both."""
     mapping: dict[str, Any] = {}
     for layers, saved in entries:
-        mapping[layers] = saved if layers not in mapping else [*_as_list(mapping[layers]), *_as_list(saved)]
+        mapping[layers] = saved if layers not in mapping else [*as_list(mapping[layers]), *as_list(saved)]
     return mapping
 
 
-def _as_list(value: Any) -> list:
+def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
@@ -252,19 +252,23 @@ def is_patched(model: nn.Module, kind: str | None = None) -> bool:
     return any(kind in (None, variant.kind) for variant in variants)
 
 
-def revert_layers(model: PreTrainedModel) -> None:
-    """Takes every variant out again; the model is what it was, bit for bit."""
+def revert_layers(model: PreTrainedModel, kind: str | None = None) -> None:
+    """Takes every variant (of a kind) out again; without any the model is what it was, bit for bit."""
+    for module in list(model.modules()):
+        if hasattr(module, CHILD) and kind in (None, getattr(module, CHILD).kind):
+            delattr(module, CHILD)
+        patched = PatchedForward if isinstance(module, PatchedForward) else PatchedLinear
+        if isinstance(module, patched) and kind in (None, "attention" if patched is PatchedForward else "feed-forward"):
+            module.__class__ = module.dense_class
+            _rebind_forward(module)
+        if kind in (None, "feed-forward"):
+            module.__dict__.pop(FEED_FORWARD, None)
+    if is_patched(model):
+        return
     modules = dispatching_modules(model)
     previous = {name: getattr(module, PREVIOUS) for name, module in modules.items()}
     for module in modules.values():
         delattr(module, PREVIOUS)
-    for module in list(model.modules()):
-        if hasattr(module, CHILD):
-            delattr(module, CHILD)
-        module.__dict__.pop(FEED_FORWARD, None)
-        if isinstance(module, (PatchedForward, PatchedLinear)):
-            module.__class__ = module.dense_class
-            _rebind_forward(module)
     _set_implementations(modules, previous)
     for part in model.modules():  # a model without attention of its own shares or mirrors one that has
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:

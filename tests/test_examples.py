@@ -190,13 +190,21 @@ def test_variants_can_be_added_to_a_run(folder, tmp_path):
     both = finetune.main(arguments(folder, job, *more, "--variants", "block", "flash", "--resume"))
     assert [row["label"] for row in both["rows"]] == ["dense", "block", "flash", "zero attention"]
     assert [row for row in both["rows"] if row["label"] != "block"] == first["rows"]
-    for changed in (["block"], ["block", str(folder / "variants.yaml")]):  # one left out
-        with pytest.raises(ValueError, match="had other arguments: variants was"):
-            finetune.main(arguments(folder, job, *more, "--variants", *changed, "--resume"))
-    other = folder / "other.yaml"
-    other.write_text(yaml.safe_dump({"flash": "block"}))  # one that means something else now
-    with pytest.raises(ValueError, match="had other arguments: variants was"):
-        finetune.main(arguments(folder, job, *more, "--variants", "block", str(other), "--resume"))
+    with pytest.raises(ValueError, match="had other arguments: variants was"):  # one left out
+        finetune.main(arguments(folder, job, *more, "--variants", "block", "--resume"))
+
+
+def test_variants_are_added_to_a_run_with_costs_and_keep_their_meaning(folder, tmp_path):
+    job, file = tmp_path / "out", tmp_path / "v.yaml"
+    more = ["--controls", "none", "--max-steps", "1", "--cost-repeats", "1", "--variants", str(file)]
+    file.write_text(yaml.safe_dump({"mix": "block"}))
+    first = finetune.main(arguments(folder, job, *more))
+    both = finetune.main(arguments(folder, job, *more, "flash", "--resume"))
+    assert [row["label"] for row in both["rows"]] == ["dense", "dense (eager)", "mix", "flash"]
+    assert both["rows"][:3] == first["rows"] and both["rows"][3]["cost"]
+    file.write_text(yaml.safe_dump({"mix": "linear"}))
+    with pytest.raises(ValueError, match="had other arguments: runs was"):
+        finetune.main(arguments(folder, job, *more, "flash", "--resume"))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

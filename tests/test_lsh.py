@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from hf_efficient_attn import HostShape, LshConfig
 from hf_efficient_attn.registry import build
-from hf_efficient_attn.variants.lsh import _completions
+from hf_efficient_attn.variants.lsh import _centred, _completions
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 
@@ -128,3 +128,11 @@ def test_more_rounds_come_nearer_to_dense():
         module = make(LshConfig(num_buckets=8, num_hashes=hashes, window=80))
         errors.append((module(query, key, value, scaling=1.0, causal=False) - dense).square().mean().item())
     assert errors[0] > 1.5 * errors[1] > 2 * 1.5 * errors[2]
+
+
+def test_keys_of_half_precision_are_centred_in_float32() -> None:
+    """4,096 keys about 30 sum up to more than half precision holds."""
+    key = torch.randn(1, 2, 4096, 8, generator=torch.Generator().manual_seed(0)) + 30
+    found = _centred(key.half(), None)
+    assert found.dtype is torch.float32 and torch.allclose(found, _centred(key.half().float(), None), atol=1e-5)
+    assert key.half().sum(2).isinf().all(), "the sum fits: this tests nothing"

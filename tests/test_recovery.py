@@ -83,7 +83,9 @@ def test_rates_follow_the_size_of_a_parameter_and_layers_can_be_put_back() -> No
         assert len({group["lr"] for group in groups}) > 1  # biases of slots are zeros, projections are not
         for parameter in transfer.parameters:
             parameter.data += 1
-    transfer.undo([1])
+    with pytest.raises(ValueError, match="layer 2 does not exist"):
+        transfer.undo([2])
+    transfer.undo("1")
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert changed and changed == {n for n in start if ".efficient_attn." in n and ".0." in n}
 

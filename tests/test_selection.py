@@ -90,10 +90,8 @@ def test_scores_are_the_formula_s() -> None:
     """T / 2 sum_t (g_t . d_t)^2 with g and d computed one layer at a time, by hand."""
     model, batches = sharpened()
     batch = batches[1]
-    table = _labelled(
-        [("narrow", CANDIDATES[0][1]), ("exact", FlashConfig())], [host.shape for host in find_hosts(model)]
-    )
-    _, scores = _calibrate(model, [batch], table, default_loss)
+    table = _labelled(model, [("narrow", CANDIDATES[0][1]), ("exact", FlashConfig())], None, [])
+    *_, scores = _calibrate(model, [batch], table, default_loss)
     by_layer = {(score.layer, score.label): score for score in scores}
     for layer in range(2):
         seen = {}
@@ -127,9 +125,9 @@ def test_scores_are_the_formula_s() -> None:
 def test_each_head_can_have_its_own() -> None:
     """The score of a head is what changing this head alone does; the mapping is run, and no uniform choice is better."""
     model, batches = sharpened()
-    table = _labelled(CANDIDATES[:1], [host.shape for host in find_hosts(model)], True)
-    _, scores = _calibrate(model, batches[:1], table, default_loss, True)
-    _, alone = _calibrate(
+    table = _labelled(model, CANDIDATES[:1], None, [host.shape for host in find_hosts(model)])
+    *_, scores = _calibrate(model, batches[:1], table, default_loss, True)
+    *_, alone = _calibrate(
         model,
         batches[:1],
         {"0": CombinedConfig(parts=[table["narrow"], "flash"]), "1": CombinedConfig(parts=["flash", table["narrow"]])},
@@ -146,7 +144,7 @@ def test_each_head_can_have_its_own() -> None:
     assert all(p.measured >= found.chosen.measured for p in found.uniform if p.cost <= 0.75)
     mixed = [p for p in found.curve if p.measured is not None and len(set(p.labels[:2])) == 2]
     assert mixed, "no layer was split: this tests nothing"
-    mapping = _mapping(mixed[0].labels, [0, 0, 1, 1], _labelled(CANDIDATES, [host.shape for host in find_hosts(model)]))
+    mapping = _mapping(mixed[0].labels, [0, 0, 1, 1], _labelled(model, CANDIDATES, None, []))
     patch_model(model, mapping)
     assert describe(model)[0].variant == "combined"
     after = sum(default_loss(model, batch).item() for batch in batches) / 2
@@ -160,8 +158,12 @@ def test_the_short_form(monkeypatch) -> None:
     chosen = [row.variant for row in describe(model)]
     assert any(name == "sliding_window" or name == "block" for name in chosen)
     unpatch_model(model)
-    with pytest.raises(ValueError, match="chooses the layers itself"):
-        patch_model(model, "auto", data=batches, budget=budget, layers=[0])
+    patch_model(model, "auto", data=batches, budget=budget, candidates=CANDIDATES, layers=[1])
+    assert describe(model)[0].variant is None and describe(model)[1].variant is not None
+    unpatch_model(model)
+    patch_model(model, "auto", data=batches, budget={"max_cost": 0.9, "cost": "flops"}, per_head=True)
+    assert describe(model)[0].variant is not None
+    unpatch_model(model)
     monkeypatch.setitem(STRATEGIES, "auto", lambda model, **given: {})
     with pytest.raises(ValueError, match="nothing better than dense"):
         patch_model(model, "auto", data=batches, budget=budget)
@@ -171,7 +173,18 @@ def test_the_short_form(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": []}, "no batch"),
+        ({"data": []}, "must be a list of batches, and has none"),
+        ({"data": {"input_ids": torch.ones(1, 4, dtype=torch.int64)}}, "must be a list of batches"),
+        ({"candidates": "block"}, "give a list of variants"),
+        ({"candidates": ["moe"]}, "replaces no attention"),
+        (
+            {"candidates": [SlidingWindowConfig(dilation=[1, 3])], "per_head": True},
+            "by itself .per_head.: .*1 key/value head",
+        ),
+        ({"candidates": [SlidingWindowConfig(dilation=[1])], "per_head": True}, "2 key/value heads"),
+        ({"runs": 0}, "at least one mapping"),
+        ({"layers": [2]}, "layer 2 does not exist"),
+        ({"data": [{"input_ids": torch.full((1, 1), 7)}]}, "loss on this text is nan"),
         ({"candidates": []}, "at least one candidate"),
         ({"candidates": ["block", "block"]}, "two candidates are called 'block'"),
         ({"candidates": ["blocks"]}, "Did you mean 'block'"),
@@ -187,5 +200,67 @@ def test_bad_input(change: dict, words: str) -> None:
     model, batches = sharpened()
     given = {"data": batches, "candidates": CANDIDATES, "budget": {"max_loss": 0.1, "cost": "flops"}} | change
     with pytest.raises(ValueError, match=words):
-        select_variants(model, given["data"], candidates=given["candidates"], budget=Budget(**given["budget"]))
+        select_variants(model, given.pop("data"), **given | {"budget": Budget(**given["budget"])})
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_what_has_no_loss_or_no_state_is_refused() -> None:
+    encoder, _ = sharpened("bert")
+    batches = [ZOO["bert"].inputs(2, 20)]
+    with pytest.raises(ValueError, match="does not predict the next token; give batches with `labels`"):
+        select_variants(encoder, batches, candidates=["block"], budget=Budget(max_loss=0.1))
+    with pytest.raises(ValueError, match="keeps no decoder state"):
+        select_variants(encoder, batches, candidates=["block"], budget=Budget(max_loss=0.1, cost=("flops", "state")))
+
+
+def test_a_loss_that_is_not_a_number_is_the_worst() -> None:
+    """The narrow window costs least, and breaks: neither it nor a mapping with it is chosen."""
+    model, batches = sharpened()
+
+    def broken(model, batch):
+        narrow = any(row.hyper_parameters.get("window") == 2 for row in describe(model))
+        return default_loss(model, batch) * (math.nan if narrow else 1.0)
+
+    found = select_variants(
+        model, batches, candidates=CANDIDATES, budget=Budget(max_cost=0.95, cost="state"), loss=broken
+    )
+    assert math.isinf(found.uniform[0].measured) and "narrow" not in found.chosen.labels
+    assert math.isfinite(found.chosen.measured)
+
+
+def test_what_else_is_in_the_model_stays() -> None:
+    """Beside mixtures of experts, which choosing neither removes nor resets."""
+    model, batches = sharpened()
+    patch_model(model, "moe", num_experts=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or "router" in name:
+                parameter.add_(0.01)
+    state, before = model.state_dict(), default_loss(model, batches[0]).item()
+    found = select_variants(model, batches, candidates=CANDIDATES, budget=Budget(max_cost=0.7, cost="state"))
+    assert [row.variant for row in describe(model)] == [None, "moe"] * 2
+    assert model.state_dict().keys() == state.keys() and default_loss(model, batches[0]).item() == before
+    assert model.config.efficient_attention.keys() == {"0-1"}
+    assert model(**batches[0], output_attentions=False) is not None
+    patch_model(model, found.mapping)
+    assert {row.variant for row in describe(model)} > {"moe"}
+    unpatch_model(model)
+    assert type(model).__name__ == "LlamaForCausalLM" and {row.variant for row in describe(model)} == {None}
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_candidates_that_read_the_layer_s_input(per_head: bool) -> None:
+    model, batches = sharpened()
+    candidates = ["mixture_of_depths", CANDIDATES[1]] if per_head else ["mixture_of_heads", "mixture_of_depths"]
+    budget = Budget(max_cost=100.0, cost="flops")
+    found = select_variants(model, batches, candidates=candidates, budget=budget, per_head=per_head)
+    assert all(score.error > 0 and score.rise >= 0 for score in found.scores) and len(found.uniform) == 2
+
+
+def test_a_budget_that_is_just_met() -> None:
+    """The mean of three equal shares is this share, whatever their sum is rounded to."""
+    model = ZOO["llama"].build(num_hidden_layers=3)
+    narrow = [("n", SlidingWindowConfig(window=3, num_sinks=2))]
+    batches = [{"input_ids": torch.randint(5, 50, (1, 40))}]
+    budget = Budget(max_cost=0.1, cost="state")
+    assert select_variants(model, batches, candidates=narrow, budget=budget).chosen.cost == pytest.approx(0.1)

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import choose, choose_encoder, embeddings, passkey, perplexity
+from examples import choose, choose_encoder, embeddings, passkey, perplexity, rows
 from hf_efficient_attn import patched
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -130,6 +130,25 @@ def test_selection_is_judged_on_another_text(folder, tmp_path) -> None:
         choose.main([*given, "--output", str(tmp_path / "s.json")])
 
 
+def test_what_programs_are_given_wrong_is_a_sentence(tmp_path, capsys) -> None:
+    (tmp_path / "list.yaml").write_text("- block\n")
+    (tmp_path / "empty.yaml").write_text("")
+    for file, words in (
+        ("list.yaml", "expected a mapping"),
+        ("empty.yaml", "expected a mapping"),
+        ("no.yaml", "No such file"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            rows.read_variants([str(tmp_path / file)])
+    assert rows.read_variants(["dense", "block"]) == {"dense": None, "block": {"variant": "block"}}
+
+    def fails() -> None:
+        raise ValueError("a sentence")
+
+    with pytest.raises(SystemExit, match="error: a sentence"):
+        rows.run_program(fails)
+
+
 def test_selection_for_an_encoder(folder, tmp_path) -> None:
     (tmp_path / "few.yaml").write_text(
         "near: {variant: block, block_size: 8}\nwide: {variant: block, block_size: 32}\n"
@@ -146,11 +165,15 @@ def test_selection_for_an_encoder(folder, tmp_path) -> None:
         str(tmp_path / "few.yaml"),
     ]
     given += ["--max-cost", "0.9", "--cost", "flops", "state", "--output", str(tmp_path / "e.json")]
-    with pytest.raises(SystemExit):  # an encoder has no state to save
+    with pytest.raises(SystemExit):  # max_cost and max_loss
         choose_encoder.main([*given, "--max-loss", "0.1"])
-    with pytest.raises(ValueError, match=r"no candidate costs at most 0\.9 of dense attention's flops and state"):
+    with pytest.raises(ValueError, match="keeps no decoder state"):
         choose_encoder.main(given)
     given.remove("state")
+    with pytest.raises(ValueError, match="leaves 0 to choose on"):
+        choose_encoder.main([*given, "--train-texts", "24"])
+    with pytest.raises(ValueError, match="--test-texts 0: at least 1"):
+        choose_encoder.main([*given, "--test-texts", "0"])
     results = choose_encoder.main(given)
     assert json.loads((tmp_path / "e.json").read_text()) == results
     rows = {row["label"]: row for row in results["rows"]}

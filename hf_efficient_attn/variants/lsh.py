@@ -183,6 +183,7 @@ def _chunks(query, key, value, labels, config: LshConfig, lengths, **options) ->
 
 def _centred(key: Tensor, lengths: Tensor | None) -> Tensor:
     """key (B, G, N, D) less its mean over real tokens; padded tokens are zeros."""
+    key = key.to(torch.promote_types(key.dtype, torch.float32))  # in which sums of half precision cannot overflow
     n = key.shape[2] if lengths is None else lengths.clamp_min(1)[:, None, None, None]
     return key - key.sum(2, keepdim=True) / n
 
