@@ -35,6 +35,7 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.decoding
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -63,14 +63,11 @@ def attention(
     return run
 
 
-def measure(name: str, causal: bool, lengths: Sequence[int], repeats: int, device: str) -> list[dict]:
-    """All rows of one variant in one direction."""
-    config = comparable_config(name, max(lengths))
-    host = HostShape(HEADS, HEADS, HEAD_DIM, HEADS * HEAD_DIM, causal)
-    module = build(config, host).to(device)
-    common = {
+def described(name: str, mode: str, config: EfficientAttentionConfig, device: str) -> dict:
+    """The columns of a row that say what was measured, and on what."""
+    return {
         "variant": name,
-        "mode": "decoder" if causal else "encoder",
+        "mode": mode,
         "config": json.dumps(config.to_dict()),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -78,6 +75,14 @@ def measure(name: str, causal: bool, lengths: Sequence[int], repeats: int, devic
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "torch": torch.__version__,
     }
+
+
+def measure(name: str, causal: bool, lengths: Sequence[int], repeats: int, device: str) -> list[dict]:
+    """All rows of one variant in one direction."""
+    config = comparable_config(name, max(lengths))
+    host = HostShape(HEADS, HEADS, HEAD_DIM, HEADS * HEAD_DIM, causal)
+    module = build(config, host).to(device)
+    common = described(name, "decoder" if causal else "encoder", config, device)
     rows, faster = [], {}
 
     def row(

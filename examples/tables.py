@@ -4,11 +4,12 @@ Tables of README.md and docs/ are made from results files.
     python -m examples.tables            # writes them
     python -m examples.tables --check    # names the files that are out of date, and exits 1
 
-A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`. KIND is `decoders_2048` or
-`decoders_8192` (results of examples/perplexity.py), `encoders_2048` or `authors_2048` (of examples/embeddings.py),
-`passkey` (of examples/passkey.py), or `speed` (of benchmarks/attention.py), and without labels all rows are shown; or
-`finetune`, and the label is a folder of results of examples/finetune.py; or `choose`, and it is a file of results of
-examples/choose.py or choose_encoder.py.
+A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`; without labels all rows are shown. KINDs:
+
+- `decoders_2048`, `decoders_8192`: results of examples/perplexity.py; `encoders_2048`, `authors_2048`: of embeddings.py;
+  `passkey`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py and decoding.py
+- `finetune`: the label is a folder of results of examples/finetune.py
+- `choose`: the label is a file of results of examples/choose.py or choose_encoder.py
 """
 
 from __future__ import annotations
@@ -149,6 +150,18 @@ def _speed(name: str, labels: list[str]) -> str:
     return _table(lines)
 
 
+def _decoding(name: str, labels: list[str]) -> str:
+    with (ROOT / "results" / "decoding_cpu.csv").open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    values = {(row["variant"], row["metric"], int(row["length"])): float(row["value"]) for row in found}
+    lengths = sorted({length for _, _, length in values})
+    lines = [["variant", *(f"{word}, {n:,} tokens" for n in lengths for word in ("speed", "state"))]]
+    for variant in labels or dict.fromkeys(row["variant"] for row in found):
+        cells = [(values[variant, "token_speedup", n], values[variant, "state_ratio", n]) for n in lengths]
+        lines.append([f"`{variant}`", *(text for speed, state in cells for text in (f"{speed:.1f}x", f"{state:.2f}"))])
+    return _table(lines)
+
+
 def _table(lines: list[list[str]]) -> str:
     head, *body = ["| " + " | ".join(cells) + " |" for cells in lines]
     rule = "| --- " + "| ---: " * (len(lines[0]) - 1) + "|"
@@ -168,6 +181,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "finetune": _finetune,
     "choose": _choose,
     "speed": _speed,
+    "decoding": _decoding,
 }
 
 if __name__ == "__main__":

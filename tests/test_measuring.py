@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config, GPT2LMHeadModel
 from zoo import ZOO
 
+from benchmarks import decoding
 from hf_efficient_attn import patch_model
 from hf_efficient_attn.measuring import (
     cache_bytes,
@@ -155,3 +156,14 @@ def test_state_bytes_are_the_most_while_a_segment_fills():
     token = 2 * block.host.num_kv_heads * block.host.head_dim * 4
     assert [state_bytes(block, n) for n in (8, 16, 12)] == [7 * token, 7 * token, 4 * token]
     assert state_bytes(flash, 16) == 16 * token
+
+
+def test_the_benchmark_of_decoding(tmp_path):
+    file = tmp_path / "d.csv"
+    asked = ["--lengths", "40", "80", "--repeats", "1", "--output", str(file)]
+    rows = decoding.main(["--variants", "sliding_window", "mixture_of_depths", *asked])
+    assert file.read_text().count("\n") == 1 + len(rows) == 9
+    assert {row["metric"] for row in rows} == {"token_speedup", "state_ratio"}
+    assert all(row["value"] > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        decoding.main(["--variants", "block", *asked])
