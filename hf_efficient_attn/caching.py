@@ -10,6 +10,7 @@ Positions count real tokens, per row. A position or count is an int while all ro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -389,4 +390,14 @@ class AttentionState(Node, CacheLayerMixin):
 
 def take(x: Tensor, source: Tensor) -> Tensor:
     """The slots `source` (B, T) of x (B, G, S, D) -> (B, G, T, D)."""
-    return torch.gather(x, 2, source[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return pick(x, source[:, None].expand(-1, x.shape[1], -1))
+
+
+def pick(x: Tensor, slots: Tensor) -> Tensor:
+    """x (B, G, S, D), slots (B, G, K) -> (B, G, K, D)."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return torch.gather(x, 2, slots[..., None].expand(-1, -1, -1, x.shape[3]))
+    output = x.new_empty(*slots.shape, x.shape[3])  # whole rows at a time, which gather does not do
+    for b, g in itertools.product(*map(range, slots.shape[:2])):
+        torch.index_select(x[b, g], 0, slots[b, g], out=output[b, g])
+    return output

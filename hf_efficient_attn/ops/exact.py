@@ -6,13 +6,14 @@ Used by `flash`, by `dense_below` in every variant, and by calls of few tokens o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+
+from ..caching import pick
 
 CHUNK = 256  # queries whose mask exists at one time
 
@@ -120,20 +121,10 @@ def gathered_attention(
     groups = key.shape[1]
     slots, seen = (x.expand(batch, heads, n, -1) for x in (slots.clamp(0, key.shape[2] - 1), seen))
     slots = slots.reshape(batch, groups, -1)
-    key, value = (_rows(x, slots).view(batch, heads * n, -1, x.shape[3]) for x in (key, value))
+    key, value = (pick(x, slots).view(batch, heads * n, -1, x.shape[3]) for x in (key, value))
     mask = seen.reshape(batch, heads * n, 1, -1)
     output = sdpa(query.reshape(batch, heads * n, 1, -1), key, value, mask=mask, scaling=scaling, dropout=dropout)
     return output.view(query.shape)
-
-
-def _rows(x: Tensor, slots: Tensor) -> Tensor:
-    """x (B, G, S, D), slots (B, G, K) -> (B, G, K, D)."""
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        return torch.gather(x, 2, slots[..., None].expand(-1, -1, -1, x.shape[3]))
-    output = x.new_empty(*slots.shape, x.shape[3])  # whole rows at a time, which gather does not do
-    for b, g in itertools.product(*map(range, slots.shape[:2])):
-        torch.index_select(x[b, g], 0, slots[b, g], out=output[b, g])
-    return output
 
 
 def sdpa(query, key, value, *, scaling, dropout=0.0, causal=False, mask=None) -> Tensor:

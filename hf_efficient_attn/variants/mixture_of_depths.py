@@ -98,14 +98,17 @@ class MixtureOfDepthsAttention(EfficientAttention):
             real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         chosen = self._above(logits, real) if causal else self._best(logits, real)
         places, counts = gathered(chosen)
+        if state is not None and int(counts.max()) == 0:
+            return torch.zeros_like(query)
         gate = torch.sigmoid(logits).gather(1, places)[:, None, :, None]
         gate = (gate / gate.detach()).to(query.dtype)
         query_in, key_in, value_in = (_take(x, places) for x in (query, key, value))
         options = {"scaling": scaling, "dropout": dropout, "causal": causal}
+        own = None if int(counts.min()) == places.shape[1] else counts  # rows that agree need no masks
         if state is None:
-            output = exact_attention(query_in, key_in, value_in, lengths=counts, **options)
+            output = exact_attention(query_in, key_in, value_in, lengths=own, **options)
         else:
-            buffer = state.store("chosen", ChosenTokens).extend(key_in, value_in, counts)
+            buffer = state.store("chosen", ChosenTokens).extend(key_in, value_in, own)
             output = exact_attention(
                 query_in, buffer.key, buffer.value, lengths=buffer.length, offset=buffer.new, **options
             )
