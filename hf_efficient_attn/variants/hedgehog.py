@@ -68,7 +68,7 @@ class HedgehogConfig(EfficientAttentionConfig):
     "hedgehog",
     family="kernels",
     summary="learned softmax features for far tokens, the nearest ones and sinks exactly",
-    paper="Zhang 2024, arXiv:2402.04347",
+    paper="Zhang 2024, arXiv:2402.04347; Zhang 2025, arXiv:2410.10254",
 )
 class HedgehogAttention(EfficientAttention):
     config_class = HedgehogConfig

@@ -77,7 +77,7 @@ class Route:
     "moe",
     family="sparse models",
     summary="each token goes through some of several feed-forwards, chosen by a router; joins any attention variant",
-    paper="Fedus 2021, arXiv:2101.03961",
+    paper="Fedus 2021, arXiv:2101.03961; Komatsuzaki 2022, arXiv:2212.05055",
 )
 class MixtureOfExperts(EfficientFeedForward):
     config_class = MoeConfig

@@ -70,7 +70,7 @@ class PerceiverConfig(SummaryConfig):
     "perceiver",
     family="down-sampling",
     summary="what learned latents read of the text; in a decoder of each segment, beside an exact window",
-    paper="Jaegle 2021, arXiv:2107.14795",
+    paper="Jaegle 2021, arXiv:2107.14795; Lee 2019, arXiv:1810.00825",
 )
 class PerceiverAttention(EfficientAttention):
     config_class = PerceiverConfig
