@@ -4,9 +4,10 @@ Which variant for which layer of a sentence encoder whose embeddings a classifie
     python -m examples.choose_encoder --model minilm --dataset texts/ --max-length 2048 \
         --variants candidates.yaml --max-cost 0.33 --output results.json
 
-The classifier is a logistic regression on the dense embeddings of the first texts. Nothing is trained after that:
-`hf_efficient_attn.select_variants` finds the mapping by the classifier's loss on further texts, and those of the other split
-give the accuracy with dense attention, with the chosen mapping, and with every candidate in all layers.
+The classifier is a logistic regression on the dense embeddings of `--train-texts` texts. Nothing is trained after that, and
+choosing needs no labels: `hf_efficient_attn.select_variants` finds the mapping by how well what the classifier says of
+`--choose-texts` texts of the other split is still said. The rest of them give the accuracy with dense attention, with the
+chosen mapping, and with every candidate in all layers.
 """
 
 from __future__ import annotations
@@ -45,22 +46,20 @@ def main(args: Sequence[str] | None = None) -> dict:
     table = candidates(options)
     model, tokenizer = open_encoder(options.model, options.max_length)
     data = load_texts(options.dataset, "classification")
-    known, test = (
+    train, held_out = (
         tokenize(texts, labels, tokenizer, options.max_length, limit).rows
         for texts, labels, limit in (
-            (data.train, data.train_labels, options.train_texts + options.choose_texts),
-            (data.test, data.test_labels, options.test_texts),
+            (data.train, data.train_labels, options.train_texts),
+            (data.test, data.test_labels, options.choose_texts + options.test_texts),
         )
     )
-    train, choose_on = known[: options.train_texts], known[options.train_texts :]
-    unknown = {row["label"] for row in choose_on + test} - {row["label"] for row in train}
-    if not choose_on or unknown:
+    choose_on, test = held_out[: options.choose_texts], held_out[options.choose_texts :]
+    if not test:
         raise ValueError(
-            f"{options.dataset}: of {len(known)} texts {len(train)} train the classifier, which leaves {len(choose_on)} to "
-            f"choose on and {len(unknown)} classes that it never saw; change --train-texts and --choose-texts."
+            f"{options.dataset}: {len(held_out)} texts are held out, none beside --choose-texts to report on."
         )
     probe = Probe(model, train, options.strength)
-    batches = [{"input_ids": torch.tensor([row["input_ids"]]), "label": row["label"]} for row in choose_on]
+    batches = [{"input_ids": torch.tensor([row["input_ids"]]), "said": probe.says(model, row)} for row in choose_on]
     found = select_variants(
         model, batches, candidates=list(table.items()), budget=budget, loss=probe.loss, per_head=options.per_head
     )
@@ -88,14 +87,16 @@ class Probe:
         """(classes,)"""
         return self.weight @ embedding(model, ids) + self.bias
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        target = torch.tensor(self.classes.index(batch["label"]))
-        return nn.functional.cross_entropy(self.logits(model, batch["input_ids"][0].tolist()), target)
-
     @torch.no_grad()
+    def says(self, model: nn.Module, row: Mapping[str, Any]) -> Tensor:
+        """The place of the class."""
+        return self.logits(model, row["input_ids"]).argmax()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(model, batch["input_ids"][0].tolist()), batch["said"])
+
     def accuracy(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> float:
-        right = [self.classes[self.logits(model, row["input_ids"]).argmax()] == row["label"] for row in rows]
-        return sum(right) / len(right)
+        return sum(self.classes[self.says(model, row)] == row["label"] for row in rows) / len(rows)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def test_selection_for_an_encoder(folder, tmp_path) -> None:
     with pytest.raises(ValueError, match="keeps no decoder state"):
         choose_encoder.main(given)
     given.remove("state")
-    with pytest.raises(ValueError, match="leaves 0 to choose on"):
-        choose_encoder.main([*given, "--train-texts", "24"])
+    with pytest.raises(ValueError, match="12 texts are held out, none beside --choose-texts"):
+        choose_encoder.main([*given, "--choose-texts", "12"])
     with pytest.raises(ValueError, match="--test-texts 0: at least 1"):
         choose_encoder.main([*given, "--test-texts", "0"])
     results = choose_encoder.main(given)
@@ -186,9 +186,14 @@ def test_selection_for_an_encoder(folder, tmp_path) -> None:
     vectors = embeddings.embed(model, [row["input_ids"] for row in ids])
     fitted = LogisticRegression(C=100.0, max_iter=2000).fit(vectors, [row["label"] for row in ids])
     assert probe.accuracy(model, ids) == fitted.score(vectors, [row["label"] for row in ids])
-    losses = [probe.loss(model, {"input_ids": torch.tensor([r["input_ids"]]), "label": r["label"]}).item() for r in ids]
-    chances = fitted.predict_log_proba(vectors)[range(len(ids)), [row["label"] for row in ids]]
-    assert sum(losses) / len(losses) == pytest.approx(-chances.mean(), rel=1e-3)
+    said = [probe.says(model, row) for row in ids]
+    losses = [
+        probe.loss(model, {"input_ids": torch.tensor([r["input_ids"]]), "said": x})
+        for r, x in zip(ids, said, strict=True)
+    ]
+    assert torch.stack(losses).mean().item() == pytest.approx(
+        -fitted.predict_log_proba(vectors).max(1).mean(), rel=1e-3
+    )
 
 
 def test_a_number_is_hidden_where_it_is_said_and_asked_for(folder) -> None:
