@@ -10,7 +10,6 @@ Positions count real tokens, per row. A position or count is an int while all ro
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -395,9 +394,17 @@ def take(x: Tensor, source: Tensor) -> Tensor:
 
 def pick(x: Tensor, slots: Tensor) -> Tensor:
     """x (B, G, S, D), slots (B, G, K) -> (B, G, K, D)."""
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        return torch.gather(x, 2, slots[..., None].expand(-1, -1, -1, x.shape[3]))
-    output = x.new_empty(*slots.shape, x.shape[3])  # whole rows at a time, which gather does not do
-    for b, g in itertools.product(*map(range, slots.shape[:2])):
-        torch.index_select(x[b, g], 0, slots[b, g], out=output[b, g])
-    return output
+    width, steps = x.shape[3], x.stride()
+    if (
+        x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or not width
+        or steps[3] != 1
+        or any(s % width for s in steps[:3])
+    ):
+        return torch.gather(x, 2, slots[..., None].expand(-1, -1, -1, width))
+    # Whole rows at a time, which gather does not do: x as rows of its storage, whatever lies between them.
+    batch, group, slot = (s // width for s in steps[:3])
+    count = 1 + sum((n - 1) * step for n, step in zip(x.shape, (batch, group, slot), strict=False))
+    places = slots * slot + torch.arange(x.shape[1])[:, None] * group + torch.arange(x.shape[0])[:, None, None] * batch
+    return x.as_strided((count, width), (width, 1)).index_select(0, places.flatten()).view(*slots.shape, width)

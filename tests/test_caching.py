@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from zoo import ZOO
 
 from hf_efficient_attn import patch_model
-from hf_efficient_attn.caching import SPARE, AttentionState, TokenStore
+from hf_efficient_attn.caching import SPARE, AttentionState, TokenStore, pick
 
 VARIANTS = {
     "flash": {},
@@ -240,3 +240,15 @@ def test_what_a_graph_holds_is_not_written():
     loss.backward()
     assert torch.allclose(new.grad, 2 * key[:, :, 5:8].square() * value[:, :, 5:8])
     assert torch.equal(store.entries["value"].detach(), value[:, :, :10])
+
+
+def test_rows_are_picked_from_any_layout():
+    slots = torch.randint(7, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    base = torch.randn(2, 7, 3, 4, generator=torch.Generator().manual_seed(1))
+    heads_last, part = base.transpose(1, 2), torch.randn(2, 3, 20, 4)[:, :, 9:16]
+    shared, wide = base.transpose(1, 2)[:1].expand(2, -1, -1, -1), torch.randn(2, 3, 7, 9)[..., 1:5]
+    for x in (heads_last, heads_last.contiguous(), part, shared, wide, part.mT.contiguous().mT):
+        expected = torch.gather(x, 2, slots[..., None].expand(-1, -1, -1, 4))
+        with torch.no_grad():
+            assert torch.equal(pick(x, slots), expected)
+        assert torch.equal(pick(x, slots), expected)
