@@ -129,6 +129,14 @@ def show(rows: list[dict], lengths: Sequence[int]) -> None:
     Console(width=120).print(table)
 
 
+def write(rows: list[dict], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(args: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(available_variants("attention")), metavar="NAME")
@@ -148,11 +156,7 @@ def main(args: Sequence[str] | None = None) -> list[dict]:
             print(f"measured {name} as {mode}", flush=True)
     show(rows, lengths)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, options.output)
     return rows
 
 

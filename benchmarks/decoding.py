@@ -11,7 +11,6 @@ The columns are those of benchmarks/attention.py. Metrics: token_speedup (times 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
-from benchmarks.attention import COLUMNS, HEAD_DIM, HEADS, comparable_config, described
+from benchmarks.attention import HEAD_DIM, HEADS, comparable_config, described, write
 from hf_efficient_attn import HostShape, available_variants, measuring
 from hf_efficient_attn.registry import build
 from hf_efficient_attn.variant import EfficientAttention
@@ -101,11 +100,7 @@ def main(args: Sequence[str] | None = None) -> list[dict]:
         print(f"measured {name}", *cells, flush=True)
     Console(width=100).print(table)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, options.output)
     return rows
 
 
