@@ -33,7 +33,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, task: str, chunk_size: int = 1024, distill: float = 0.0, layer_decay: float = 1.0
+        self, model: nn.Module, task: str, chunk_size: int | None = None, distill: float = 0.0, layer_decay: float = 1.0
     ) -> None:
         super().__init__()
         self.model, self.task, self.chunk_size, self.distill = model, task, chunk_size, distill

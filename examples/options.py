@@ -135,7 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: bf16 where the processor has instructions for it",
     )
     add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--loss-chunk", type=int, default=1024, help="positions whose logits a causal language model holds at a time")
+    add(
+        "--loss-chunk",
+        type=int,
+        help="positions whose logits a causal language model holds at a time; by default 1,024, on a CPU 128",
+    )
     add(
         "--lora-rank",
         type=int,
@@ -183,7 +187,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     args = parser.parse_args(argv)
-    for name in ("max_length", "batch_size", "gradient_accumulation", "loss_chunk", "cost_repeats"):
+    for name in ("max_length", "batch_size", "gradient_accumulation", "cost_repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
     for name in (
@@ -198,7 +202,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
-    for name in ("max_train_samples", "max_eval_samples", "warm_start_length", "cost_length", "cost_batch_size"):
+    for name in (
+        "max_train_samples",
+        "max_eval_samples",
+        "warm_start_length",
+        "cost_length",
+        "cost_batch_size",
+        "loss_chunk",
+    ):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
     if args.warm_start_learning_rate is None:

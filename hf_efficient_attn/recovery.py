@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from .dispatch import CHILD
 from .hosts import base_model, find_hosts
+from .losses import positions_at_once
 from .ops.exact import exact_attention
 from .ops.rows import Rows
 from .swapping import Layers, parse_layers
@@ -239,7 +240,7 @@ def attention_errors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
 
 
 def distillation_losses(
-    hidden: Tensor, teacher_hidden: Tensor, head: nn.Module, temperature: float = 1.0, chunk_size: int = 1024
+    hidden: Tensor, teacher_hidden: Tensor, head: nn.Module, temperature: float = 1.0, chunk_size: int | None = None
 ) -> Tensor:
     """
     KL(teacher || student) of each position's token distribution in nats, times temperature^2 (Hinton 2015, arXiv:1503.02531):
@@ -253,5 +254,6 @@ def distillation_losses(
         log_p = (head(own).float() / temperature).log_softmax(-1)
         return (target.exp() * (target - log_p)).sum(-1) * temperature**2
 
+    chunk_size = positions_at_once(hidden) if chunk_size is None else chunk_size
     pairs = zip(hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True)
     return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])

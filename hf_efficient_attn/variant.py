@@ -16,6 +16,7 @@ from .auxiliary import AuxiliaryLearner
 from .caching import AttentionState, Count, TokenStore, column
 from .config import EfficientAttentionConfig, VariantConfig
 from .ops.exact import exact_attention
+from .ops.precision import of_one_dtype
 from .ops.rows import Rows
 
 
@@ -182,6 +183,7 @@ class EfficientAttention(EfficientLayer):
         Raises:
             ValueError: shapes or a direction that this module cannot serve.
         """
+        query, key, value = of_one_dtype(query, key, value)
         n, m = query.shape[2], key.shape[2]
         if value.shape != key.shape or query.shape[-1] != key.shape[-1]:
             raise ValueError(

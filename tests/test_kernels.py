@@ -7,7 +7,7 @@ import torch
 
 from hf_efficient_attn import BigBirdConfig, HostShape, TopkBlocksConfig, kernels, measuring
 from hf_efficient_attn.ops.tiles import best_blocks
-from hf_efficient_attn.registry import build
+from hf_efficient_attn.registry import available_variants, build
 
 needs_compiler = pytest.mark.skipif(kernels.load("chosen_blocks") is None, reason="no C compiler here")
 
@@ -130,3 +130,34 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch) -> None:
     kernels._compiled.cache_clear()
     assert kernels.load("chosen_blocks") is None
     kernels._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("variant", available_variants("attention"))
+def test_queries_and_values_in_different_precisions(variant: str) -> None:
+    """Under autocast rotary positions leave queries and keys in float32 and values, and slots of them, in bfloat16."""
+    info = available_variants("attention")[variant]
+    host = HostShape(4, 2, 16, 64, True)
+    module = build(info.config_class.tiny(True), host)
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 100, 16) for heads in (4, 2, 2)]
+    given = [torch.randn(shape, generator=g).bfloat16().float().requires_grad_() for shape in shapes]
+    options = {"scaling": 0.25, "causal": True}
+    if module.needs_hidden:
+        options["hidden"] = torch.randn(2, 100, 64, generator=g)
+
+    def run(dtype: torch.dtype, autocast: bool) -> list[torch.Tensor]:
+        query, key, value = given
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = module(query, key, value.to(dtype), **options)
+        return [output.float(), *torch.autograd.grad(output.float().square().mean(), given)]
+
+    for got, want in zip(run(torch.bfloat16, True), run(torch.float32, False), strict=True):
+        assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.97
+        assert want.abs().max() > 0
+
+
+@needs_compiler
+def test_a_kernel_refuses_other_precisions() -> None:
+    with pytest.raises(TypeError, match="bfloat16; it reads float32"):
+        kernels.call(lambda *_: None, torch.ones(2, dtype=torch.bfloat16))
+    kernels.call(lambda *_: None, torch.ones(2), torch.ones(2, dtype=torch.int64))

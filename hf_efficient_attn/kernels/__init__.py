@@ -83,10 +83,17 @@ def _processor() -> str:
 
 
 def call(function: Any, *arguments: torch.Tensor | int | float | None) -> None:
-    """Calls a kernel with tensors as pointers to their first entry; other Python threads run meanwhile."""
+    """
+    Calls a kernel with tensors as pointers to their first entry; other Python threads run meanwhile.
+
+    Raises:
+        TypeError: numbers in another precision than float32, which the kernel would take for twice or half as many.
+    """
     given = []
     for x in arguments:
         if isinstance(x, torch.Tensor):
+            if x.is_floating_point() and x.dtype is not torch.float32:
+                raise TypeError(f"a kernel was given {x.dtype}; it reads float32.")
             given.append(_POINTER(x.data_ptr()))
         else:
             given.append(_POINTER(None) if x is None else _LONG(x) if isinstance(x, int) else _FLOAT(x))

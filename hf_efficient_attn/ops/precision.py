@@ -1,12 +1,25 @@
-"""What our own forward and backward passes ask of autograd: no autocast inside them, and no derivative of a derivative."""
+"""In which precision is attention computed, and what do our own forward and backward passes ask of autograd?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import reduce, wraps
 
 import torch
 from torch import Tensor
+
+
+def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """
+    The tensors in one dtype. Under autocast, queries and keys that were turned by float32 positions meet values in half
+    precision: all get autocast's dtype then, as in PyTorch's attention, but on a CPU, where kernels read float32, the widest.
+    """
+    kinds, device = {x.dtype for x in tensors}, tensors[0].device.type
+    if len(kinds) == 1:
+        return tensors
+    halve = device != "cpu" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if halve else reduce(torch.promote_types, kinds)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def without_autocast(function: Callable) -> Callable:

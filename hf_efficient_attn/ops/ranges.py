@@ -74,6 +74,7 @@ def range_attention(
     were of them; bias broadcasts to (B, H, lead + F), and is -inf where no query sees the key. The tiles cover each query
     once. A query that sees nothing gets zeros.
     """
+    near, far = (tuple(x.to(query.dtype) for x in pair) for pair in (near, far))  # slots may be autocast's
     bias = bias.to(query.dtype).expand(*query.shape[:2], -1)
     pieces = [tile.part(first) for tile in tiles for first in range(tile.first, tile.last, QUERIES)]
     limits = [near[0].shape[2]] * len(query) if lengths is None else lengths.tolist()
