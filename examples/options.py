@@ -187,9 +187,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     args = parser.parse_args(argv)
-    for name in ("max_length", "batch_size", "gradient_accumulation", "cost_repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
     for name in (
         "max_steps",
         "warm_start_steps",
@@ -203,6 +200,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
     for name in (
+        "max_length",
+        "batch_size",
+        "gradient_accumulation",
+        "cost_repeats",
         "max_train_samples",
         "max_eval_samples",
         "warm_start_length",

@@ -132,12 +132,17 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch) -> None:
     kernels._compiled.cache_clear()
 
 
-@pytest.mark.parametrize("variant", available_variants("attention"))
-def test_queries_and_values_in_different_precisions(variant: str) -> None:
+SMALL = [info.config_class.tiny(True) for info in available_variants("attention").values()]
+BLOCKS = [
+    TopkBlocksConfig(block_size=16, top_k=4),
+    BigBirdConfig(block_size=16),
+]  # of whole vectors, as kernels want them
+
+
+@pytest.mark.parametrize("config", [*SMALL, *BLOCKS], ids=lambda config: config.name)
+def test_queries_and_values_in_different_precisions(config) -> None:
     """Under autocast rotary positions leave queries and keys in float32 and values, and slots of them, in bfloat16."""
-    info = available_variants("attention")[variant]
-    host = HostShape(4, 2, 16, 64, True)
-    module = build(info.config_class.tiny(True), host)
+    module = build(config, HostShape(4, 2, 16, 64, True))
     g = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 100, 16) for heads in (4, 2, 2)]
     given = [torch.randn(shape, generator=g).bfloat16().float().requires_grad_() for shape in shapes]
