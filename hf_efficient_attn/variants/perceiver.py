@@ -94,6 +94,6 @@ class PerceiverAttention(EfficientAttention):
             pool = SoftmaxPool(self.latents * scaling)
             rest = {"bias": self.slot_bias, "lengths": lengths, "state": state, **self.config.segments()}
             return summary_decoder(query, key, value, pool, **rest, **options)
-        latents = self.latents.to(key).expand(key.shape[0], -1, -1, -1)
+        latents = self.latents.to(key).repeat(key.shape[0], 1, 1, 1)  # memory of its own: a file may lie unaligned
         read = (exact_attention(latents, key, x, lengths=lengths, scaling=scaling, causal=False) for x in (key, value))
         return sdpa(query, *read, **options)
