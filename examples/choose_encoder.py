@@ -5,9 +5,9 @@ Which variant for which layer of a sentence encoder whose embeddings a classifie
         --variants candidates.yaml --max-cost 0.33 --output results.json
 
 The classifier is a logistic regression on the dense embeddings of `--train-texts` texts. Nothing is trained after that, and
-choosing needs no labels: `hf_efficient_attn.select_variants` finds the mapping by how well what the classifier says of
-`--choose-texts` texts of the other split is still said. The rest of them give the accuracy with dense attention, with the
-chosen mapping, and with every candidate in all layers.
+choosing needs no labels: `hf_efficient_attn.select_variants` finds the mapping by the Kullback-Leibler divergence from what
+the classifier says of `--choose-texts` texts of the other split with dense attention. The rest of them give the accuracy with
+dense attention, with the chosen mapping, and with every candidate in all layers, and in how many texts the class is another.
 """
 
 from __future__ import annotations
@@ -59,15 +59,25 @@ def main(args: Sequence[str] | None = None) -> dict:
             f"{options.dataset}: {len(held_out)} texts are held out, none beside --choose-texts to report on."
         )
     probe = Probe(model, train, options.strength)
-    batches = [{"input_ids": torch.tensor([row["input_ids"]]), "said": probe.says(model, row)} for row in choose_on]
     found = select_variants(
-        model, batches, candidates=list(table.items()), budget=budget, loss=probe.loss, per_head=options.per_head
+        model,
+        probe.batches(model, choose_on),
+        candidates=list(table.items()),
+        budget=budget,
+        loss=probe.loss,
+        loss_of="text",
+        per_head=options.per_head,
     )
 
-    def judge(row: dict, dense: dict) -> dict:
-        return {"lost_points": 100 * (dense["accuracy"] - row["accuracy"])}
+    def measured() -> dict:
+        said = probe.says(model, test)
+        return {"accuracy": sum(a == row["label"] for a, row in zip(said, test, strict=True)) / len(test), "said": said}
 
-    add_rows(results, model, found, table, lambda: {"accuracy": probe.accuracy(model, test)}, judge, options.output)
+    def judge(row: dict, dense: dict) -> dict:
+        changed = sum(a != b for a, b in zip(row["said"], dense["said"], strict=True))
+        return {"lost_points": 100 * (dense["accuracy"] - row["accuracy"]), "changed": changed}
+
+    add_rows(results, model, found, table, measured, judge, options.output)
     show(results, "accuracy", "lost_points")
     return results
 
@@ -81,22 +91,39 @@ class Probe:
         self.weight, self.bias = (torch.tensor(x, dtype=torch.float32) for x in (fitted.coef_, fitted.intercept_))
         if len(fitted.classes_) == 2:  # which have one logit between them
             self.weight, self.bias = (torch.cat([torch.zeros_like(x), x]) for x in (self.weight, self.bias))
-        self.classes = list(fitted.classes_)
+        self.classes = fitted.classes_.tolist()
 
     def logits(self, model: nn.Module, ids: Sequence[int]) -> Tensor:
         """(classes,)"""
         return self.weight @ embedding(model, ids) + self.bias
 
     @torch.no_grad()
-    def says(self, model: nn.Module, row: Mapping[str, Any]) -> Tensor:
-        """The place of the class."""
-        return self.logits(model, row["input_ids"]).argmax()
+    def says(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The class of each text."""
+        return [self.classes[self.logits(model, row["input_ids"]).argmax()] for row in rows]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(model, batch["input_ids"][0].tolist()), batch["said"])
+    @torch.no_grad()
+    def batches(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+        """For `loss`: each text with the (dense) model's probabilities of the classes and one class drawn from them."""
+        found = [self.logits(model, row["input_ids"]).softmax(-1) for row in rows]
+        random = torch.Generator().manual_seed(0)
+        return [
+            {
+                "input_ids": torch.tensor([row["input_ids"]]),
+                "said": said,
+                "drawn": torch.multinomial(said, 1, generator=random),
+            }
+            for row, said in zip(rows, found, strict=True)
+        ]
 
-    def accuracy(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> float:
-        return sum(self.classes[self.says(model, row)] == row["label"] for row in rows) / len(rows)
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """
+        The cross-entropy to what dense attention says, whose least value is at dense: its gradient there is zero, and so it
+        is given that of a drawn class, of which the expected square is the curvature (the Fisher matrix).
+        """
+        found = self.logits(model, batch["input_ids"][0].tolist()).log_softmax(-1)
+        drawn = -found[batch["drawn"]].sum()
+        return drawn - drawn.detach() - (batch["said"] * found.detach()).sum()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ tokens with respect to it, the rise of the loss is predicted as
     rise = T / 2 sum_t (g_t . d_t)^2,
 
 the Gauss-Newton term with the empirical Fisher matrix in place of the Hessian (Theis 2018, arXiv:1801.05787, uses it for
-pruning); the first-order term vanishes at a trained model up to noise. Rises of layers add up. Costs are measured: each
+pruning); the first-order term vanishes at a trained model up to noise. Where a text has one loss, as a classifier's, changes
+of its tokens meet in it and may cancel: with g_t the gradient of the mean loss over B texts, rise = B / 2 sum_b
+(sum_t g_bt . d_bt)^2. Rises of layers add up. Costs are measured: each
 candidate alone, at the text's length, on this machine, against exact attention. Then the mappings that are best for some
 exchange rate of loss against cost form a curve, of which few are run to see what they really lose.
 
@@ -148,6 +150,7 @@ def select_variants(
     candidates: Sequence[Any],
     budget: Budget,
     loss: Loss = default_loss,
+    loss_of: str | None = None,
     runs: int = 6,
     per_head: bool = False,
     layers: Layers = None,
@@ -157,9 +160,10 @@ def select_variants(
     that counts. The model is the dense one and stays as it is.
 
     candidates: names, configs, config dicts, (name or label, config) pairs, or a mapping of labels to these; dense is always
-    one of them. loss: (model, batch) -> the mean loss in nats. runs: how many mappings of the curve may be run. per_head:
-    choose for each key/value head, not for each layer; a layer whose heads differ becomes `combined`. layers: those to
-    choose for, as for `patch_model`; all others stay dense, and costs count none of them.
+    one of them. loss: (model, batch) -> the mean loss in nats. loss_of: what it is the mean over, each "token" or each "text";
+    by default "text" where a batch has one label for each of its texts. runs: how many mappings of the curve may be run.
+    per_head: choose for each key/value head, not for each layer; a layer whose heads differ becomes `combined`. layers: those
+    to choose for, as for `patch_model`; all others stay dense, and costs count none of them.
 
     Raises:
         ValueError: no data or no candidate, a loss that is not finite, a candidate that cannot serve the model, decoder
@@ -170,6 +174,10 @@ def select_variants(
         raise ValueError("select_variants needs text: `data` must be a list of batches, and has none.")
     if runs < 1:
         raise ValueError(f"runs = {runs}: at least one mapping must be run.")
+    if loss_of not in (None, "token", "text"):
+        raise ValueError(f'loss_of = {loss_of!r}: choose "token" or "text".')
+    if loss_of is None:
+        loss_of = "text" if any("labels" in batch and batch["labels"].dim() == 1 for batch in batches) else "token"
     base = base_model(model)
     hosts = find_hosts(base)
     shapes = [hosts[number].shape for number in parse_layers(layers, len(hosts))]
@@ -181,7 +189,7 @@ def select_variants(
     training = model.training
     model.eval()
     try:
-        dense_loss, length, scores = _calibrate(model, batches, table, loss, per_head, layers)
+        dense_loss, length, scores = _calibrate(model, batches, table, loss, loss_of, per_head, layers)
         if not math.isfinite(dense_loss):
             raise ValueError(
                 f"the dense model's loss on this text is {dense_loss}, which nothing can be compared with."
@@ -277,8 +285,11 @@ def _labelled(
 class _Trial:
     """A forward hook of one exact layer, which tries the candidates on its inputs when the output's gradient arrives."""
 
-    def __init__(self, layer: int, modules: dict[str, EfficientAttention], heads: int | None, weight: float) -> None:
-        self.layer, self.modules, self.heads, self.weight = layer, modules, heads, weight  # of a batch among all
+    def __init__(
+        self, layer: int, modules: dict[str, EfficientAttention], heads: int | None, loss_of: str, weight: float
+    ) -> None:
+        self.layer, self.modules, self.heads, self.loss_of = layer, modules, heads, loss_of
+        self.weight = weight  # of a batch among all
         self.length = 0  # tokens of the longest text
         self.distance = {label: torch.zeros(heads or 1, dtype=torch.float64) for label in modules}
         self.rise = {label: torch.zeros(heads or 1, dtype=torch.float64) for label in modules}
@@ -303,8 +314,9 @@ class _Trial:
         for label, variant in self.modules.items():
             change = (variant(*args, **kwargs) - exact).float()
             self.distance[label] += self._summed(change.square())
-            along = (gradient.float() * change).unflatten(1, (self.heads or 1, -1)).sum((2, 4), keepdim=True)
-            self.rise[label] += self.weight * tokens / 2 * self._summed(along.flatten(1, 2).square())
+            along = (gradient.float() * change).unflatten(1, (self.heads or 1, -1)).sum((2, 4))  # (B, heads, N)
+            along, losses = (along, tokens) if self.loss_of == "token" else (along.sum(2), len(along))
+            self.rise[label] += self.weight * losses / 2 * self._summed(along.square())
 
     def _summed(self, x: Tensor) -> Tensor:
         """x (B, H, ...) -> its sums over all but the key/value heads that are told apart, on the CPU."""
@@ -322,7 +334,7 @@ class _Trial:
 
 @torch.enable_grad()
 def _calibrate(
-    model, batches, table, loss, per_head: bool = False, layers: Layers = None
+    model, batches, table, loss, loss_of: str = "token", per_head: bool = False, layers: Layers = None
 ) -> tuple[float, int, list[LayerScore]]:
     """The dense loss, the longest text, and every candidate's score in every layer or head, from one forward and backward."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -338,7 +350,8 @@ def _calibrate(
                     for label, config in table.items()
                 }
                 exact.needs_hidden = any(module.needs_hidden for module in modules.values())
-                trials.append(_Trial(number, modules, exact.host.num_kv_heads if per_head else None, 1 / len(batches)))
+                heads = exact.host.num_kv_heads if per_head else None
+                trials.append(_Trial(number, modules, heads, loss_of, 1 / len(batches)))
                 handles.append(exact.register_forward_hook(trials[-1], with_kwargs=True))
             for batch in batches:
                 value = loss(model, batch)

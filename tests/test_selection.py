@@ -15,6 +15,7 @@ from hf_efficient_attn import (
     SlidingWindowConfig,
     describe,
     patch_model,
+    selection,
     unpatch_model,
 )
 from hf_efficient_attn.hosts import find_hosts
@@ -86,12 +87,15 @@ def test_of_several_costs_none_is_above_the_limit() -> None:
     assert [point.cost for point in found.uniform] == pytest.approx(list(dear.values()))
 
 
-def test_scores_are_the_formula_s() -> None:
-    """T / 2 sum_t (g_t . d_t)^2 with g and d computed one layer at a time, by hand."""
+@pytest.mark.parametrize("loss_of", ["token", "text"])
+def test_scores_are_the_formula_s(loss_of) -> None:
+    """
+    T / 2 sum_t (g_t . d_t)^2, or B / 2 sum_b (sum_t g_bt . d_bt)^2, with g and d computed one layer at a time, by hand.
+    """
     model, batches = sharpened()
     batch = batches[1]
     table = _labelled(model, [("narrow", CANDIDATES[0][1]), ("exact", FlashConfig())], None, [])
-    *_, scores = _calibrate(model, [batch], table, default_loss)
+    *_, scores = _calibrate(model, [batch], table, default_loss, loss_of)
     by_layer = {(score.layer, score.label): score for score in scores}
     for layer in range(2):
         seen = {}
@@ -112,8 +116,10 @@ def test_scores_are_the_formula_s() -> None:
         handle.remove()
         unpatch_model(model)
         real = batch["attention_mask"].bool()
-        along = ((seen["ours"] - dense) * gradient).sum(-1)[real]
+        along = ((seen["ours"] - dense) * gradient).sum(-1) * real
         expected = real.sum() / 2 * along.square().sum()
+        if loss_of == "text":
+            expected = len(real) / 2 * along.sum(1).square().sum()
         score = by_layer[layer, "narrow"]
         assert score.rise == pytest.approx(expected.item(), rel=1e-3)
         assert by_layer[layer, "exact"].rise < 1e-9 < score.rise
@@ -122,11 +128,28 @@ def test_scores_are_the_formula_s() -> None:
         assert by_layer[error.layer, "narrow"].error == pytest.approx(error.error, rel=1e-3)
 
 
+def test_a_classifier_s_loss_is_one_of_each_text(monkeypatch) -> None:
+    """Where there is one label for each text, nobody need say that there is one loss for each."""
+    encoder, batches = sharpened("bert")
+    asked = []
+    monkeypatch.setattr(selection, "_calibrate", lambda *given: asked.append(given[4]) or _calibrate(*given))
+
+    def loss(model, batch):
+        labels = batch["labels"] if batch["labels"].dim() == 1 else batch["labels"][:, 1] % 2
+        first = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0, :2]
+        return torch.nn.functional.cross_entropy(first, labels)
+
+    of_texts = [{**batch, "labels": torch.tensor([0, 1])} for batch in batches]
+    for given in (batches, of_texts):
+        select_variants(encoder, given, candidates=CANDIDATES[:1], budget=Budget(max_loss=9.0, cost="flops"), loss=loss)
+    assert asked == ["token", "text"]
+
+
 def test_each_head_can_have_its_own() -> None:
     """The score of a head is what changing this head alone does; the mapping is run, and no uniform choice is better."""
     model, batches = sharpened()
     table = _labelled(model, CANDIDATES[:1], None, [host.shape for host in find_hosts(model)])
-    *_, scores = _calibrate(model, batches[:1], table, default_loss, True)
+    *_, scores = _calibrate(model, batches[:1], table, default_loss, per_head=True)
     *_, alone = _calibrate(
         model,
         batches[:1],
@@ -183,6 +206,7 @@ def test_the_short_form(monkeypatch) -> None:
         ),
         ({"candidates": [SlidingWindowConfig(dilation=[1])], "per_head": True}, "2 key/value heads"),
         ({"runs": 0}, "at least one mapping"),
+        ({"loss_of": "word"}, 'choose "token" or "text"'),
         ({"layers": [2]}, "layer 2 does not exist"),
         ({"data": [{"input_ids": torch.full((1, 1), 7)}]}, "loss on this text is nan"),
         ({"candidates": []}, "at least one candidate"),

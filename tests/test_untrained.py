@@ -178,22 +178,44 @@ def test_selection_for_an_encoder(folder, tmp_path) -> None:
     assert json.loads((tmp_path / "e.json").read_text()) == results
     rows = {row["label"]: row for row in results["rows"]}
     assert list(rows) == ["dense", "chosen", "near", "wide"] and rows["chosen"]["share"]["flops"] <= 0.9
-    assert rows["dense"]["accuracy"] > 0.8 and rows["dense"]["lost_points"] == 0
+    assert rows["dense"]["accuracy"] > 0.8 and rows["dense"]["lost_points"] == rows["dense"]["changed"] == 0
+    assert rows["near"]["changed"] == sum(
+        a != b for a, b in zip(rows["near"]["said"], rows["dense"]["said"], strict=True)
+    )
     model, tokenizer = embeddings.open_encoder(str(folder / "bert"), 64)
     texts = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
     ids = [{"input_ids": tokenizer(t["text"])["input_ids"], "label": int(t["label"])} for t in texts]
     probe = choose_encoder.Probe(model, ids, 100.0)
     vectors = embeddings.embed(model, [row["input_ids"] for row in ids])
     fitted = LogisticRegression(C=100.0, max_iter=2000).fit(vectors, [row["label"] for row in ids])
-    assert probe.accuracy(model, ids) == fitted.score(vectors, [row["label"] for row in ids])
-    said = [probe.says(model, row) for row in ids]
-    losses = [
-        probe.loss(model, {"input_ids": torch.tensor([r["input_ids"]]), "said": x})
-        for r, x in zip(ids, said, strict=True)
-    ]
-    assert torch.stack(losses).mean().item() == pytest.approx(
-        -fitted.predict_log_proba(vectors).max(1).mean(), rel=1e-3
-    )
+    assert probe.says(model, ids) == fitted.predict(vectors).tolist()
+    said = torch.tensor(fitted.predict_proba(vectors), dtype=torch.float32)
+    batches = probe.batches(model, ids)
+    assert torch.allclose(torch.stack([batch["said"] for batch in batches]), said, atol=1e-4)
+    losses = torch.stack([probe.loss(model, batch) for batch in batches])
+    assert torch.allclose(losses, -(said * said.log()).sum(1), atol=1e-3), "not the entropy, the least there is"
+    for batch, probabilities in zip(batches[:4], said, strict=False):
+        model.zero_grad()
+        probe.loss(model, batch).backward()
+        found = model.embeddings.word_embeddings.weight.grad.clone()
+        model.zero_grad()
+        logits = probe.logits(model, batch["input_ids"][0].tolist())
+        torch.nn.functional.cross_entropy(logits[None], batch["drawn"]).backward()
+        assert found.abs().max() > 1e-6 and torch.equal(found, model.embeddings.word_embeddings.weight.grad)
+        assert probabilities[batch["drawn"]] > 0
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.add_(torch.randn_like(model.embeddings.word_embeddings.weight))
+        assert sum(probe.loss(model, batch) for batch in batches) > losses.sum() + 0.01
+
+
+def test_a_class_is_drawn_as_often_as_it_is_said(folder) -> None:
+    model, tokenizer = embeddings.open_encoder(str(folder / "bert"), 64)
+    texts = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    rows = [{"input_ids": tokenizer(t["text"])["input_ids"], "label": int(t["label"])} for t in texts]
+    probe = choose_encoder.Probe(model, rows, 1.0)
+    batches = probe.batches(model, rows[:1] * 400)
+    share = torch.cat([batch["drawn"] for batch in batches]).bincount(minlength=len(probe.classes)) / 400
+    assert torch.allclose(share, batches[0]["said"], atol=0.1) and share.max() < 1
 
 
 def test_a_number_is_hidden_where_it_is_said_and_asked_for(folder) -> None:
