@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_efficient_attn import BigBirdConfig, HostShape, TopkBlocksConfig, kernels, measuring
+from hf_efficient_attn import (
+    BigBirdConfig,
+    HostShape,
+    LinformerConfig,
+    PerformerConfig,
+    SlidingWindowConfig,
+    TopkBlocksConfig,
+    kernels,
+    measuring,
+)
 from hf_efficient_attn.ops.tiles import best_blocks
 from hf_efficient_attn.registry import available_variants, build
 
@@ -159,6 +168,41 @@ def test_queries_and_values_in_different_precisions(config) -> None:
     for got, want in zip(run(torch.bfloat16, True), run(torch.float32, False), strict=True):
         assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.97
         assert want.abs().max() > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (SlidingWindowConfig(window=20), "ranges"),
+        (LinformerConfig(rank=32, max_length=128, segment_size=16), "ranges"),
+        (TopkBlocksConfig(block_size=16, top_k=4), "blocks"),
+        (PerformerConfig(num_features=32), "exponentials"),
+    ],
+)
+def test_half_precision_is_widened(monkeypatch, config, name, dtype) -> None:
+    """Forward and backward by the kernel, no further from double precision than PyTorch's operators in half precision."""
+    module = build(config, HostShape(6, 2, 32, 192, True))
+    g = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, heads, 100, 32, generator=g).to(dtype) for heads in (6, 2, 2)]
+    calls, run = [], kernels.call
+    monkeypatch.setattr(kernels, "call", lambda function, *a: calls.append(function.__name__) or run(function, *a))
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        own = [x.to(dtype).requires_grad_() for x in given]
+        output = module.to(dtype)(*own, scaling=0.2, causal=True)
+        grads = torch.autograd.grad(output.double().square().mean(), own)
+        assert {x.dtype for x in (output, *grads)} == {dtype}
+        return [x.detach().double() for x in (output, *grads)]
+
+    ours = results(dtype)
+    assert {f"{name}_forward", f"{name}_backward"} <= set(calls)
+    with kernels.off():
+        theirs, exact = results(dtype), results(torch.float64)
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).norm() <= 1.1 * (other - want).norm()
+        assert (got - want).norm() < 0.01 * want.norm()
 
 
 @needs_compiler

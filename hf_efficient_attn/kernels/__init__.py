@@ -35,9 +35,12 @@ def load(name: str) -> ctypes.CDLL | None:
 
 
 def serving(name: str, query: torch.Tensor) -> ctypes.CDLL | None:
-    """The library, where it can read queries like these, (..., D): float32 on a CPU, and D a number of whole vectors."""
+    """
+    The library, where it can serve queries like these, (..., D): on a CPU, in float32 or a half precision (see `readable`),
+    and D a number of whole vectors.
+    """
     fits = query.shape[-1] % LANES == 0 and query.shape[-1] <= WIDEST and query.numel() > 0
-    plain = query.device.type == "cpu" and query.dtype is torch.float32
+    plain = query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return load(name) if fits and plain else None
 
 
@@ -115,8 +118,9 @@ def for_each_head(job: Callable[[int, int], None], batch: int, heads: int) -> No
     in_parallel(lambda i: job(*divmod(i, heads)), range(batch * heads))
 
 
-def in_rows(x: torch.Tensor) -> torch.Tensor:
-    """x with its last axis contiguous, as `call` wants it where strides of the others are handed over."""
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x as kernels read it: in float32, its last axis contiguous; strides of the others are handed over."""
+    x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -47,7 +47,7 @@ def exponential_attention(
     last real token. lengths: (B,) real tokens per row, the others behind them, or None. Gradients reach query, key and value.
     """
     real = [query.shape[2]] * len(query) if lengths is None else lengths.tolist()
-    plan = _Plan(kernels.load("exponentials"), maps.contiguous(), float(half), real, before)
+    plan = _Plan(kernels.load("exponentials"), maps.float().contiguous(), float(half), real, before)
     output, total, normaliser, top = _Exponentials.apply(plan, query, key, value)
     return output, Sums(torch.cat([total, normaliser[..., None]], -1), top)
 
@@ -69,8 +69,8 @@ class _Plan:
 class _Exponentials(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, plan, query, key, value):
-        query, key, value = map(kernels.in_rows, (query, key, value))
+    def forward(ctx, plan, *tensors):
+        query, key, value = map(kernels.readable, tensors)
         (batch, heads, n, dim), (groups, m) = query.shape, plan.maps.shape[:2]
         if plan.before is None:
             total, z = query.new_zeros(batch, groups, m, dim), query.new_zeros(batch, groups, m)
@@ -91,9 +91,9 @@ class _Exponentials(torch.autograd.Function):
             kernels.call(plan.library.exponentials_forward, *given, *sizes, *sums, output[b, own], normaliser[b, own])
 
         plan.run(job, batch, groups, heads)
-        ctx.plan = plan
+        output, ctx.plan = output.to(tensors[0].dtype), plan
         if kept is not None:
-            ctx.save_for_backward(query, key, value, kept, output, normaliser)
+            ctx.save_for_backward(*tensors, kept, output, normaliser)
         scale = torch.exp(reference - top.masked_fill(top == NEVER, 0))  # relative to the running maximum, as they came
         total.mul_(scale[..., None])
         z.mul_(scale)
@@ -105,9 +105,9 @@ class _Exponentials(torch.autograd.Function):
     @first_order
     @without_autocast
     def backward(ctx, grad, *_):
-        query, key, value, kept, output, normaliser = ctx.saved_tensors
+        *tensors, kept, output, normaliser = ctx.saved_tensors
+        query, key, value, output, grad = map(kernels.readable, (*tensors, output, grad))
         (batch, heads, n, dim), groups, plan = query.shape, key.shape[1], ctx.plan
-        grad = kernels.in_rows(grad)
         of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
 
         def job(b: int, g: int, own: slice) -> None:
@@ -118,4 +118,5 @@ class _Exponentials(torch.autograd.Function):
             kernels.call(plan.library.exponentials_backward, *given, *sizes, *saved, *results)
 
         plan.run(job, batch, groups, heads)
-        return None, of_query, of_key, of_value
+        found = of_query, of_key, of_value
+        return None, *(x.to(like.dtype) for x, like in zip(found, tensors, strict=True))

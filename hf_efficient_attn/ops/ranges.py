@@ -4,7 +4,7 @@ list, whose logits may have a bias:
 
     out_i = sum_j exp(scaling q_i k_j + b_j - r_i) v_j,    r_i the log-sum-exp of the logits of query i.
 
-On a CPU, in float32 and without dropout, a kernel does it in one pass (kernels/ranges.c); it is an alternative to
+On a CPU and without dropout a kernel does it in one pass, in float32 (kernels/ranges.c); it is an alternative to
 `joint_attention`, which can do all this and more.
 
 Letters: B batch, H query heads, G key/value heads, N queries, S near keys, F far keys, D head size.
@@ -74,8 +74,7 @@ def range_attention(
     were of them; bias broadcasts to (B, H, lead + F), and is -inf where no query sees the key. The tiles cover each query
     once. A query that sees nothing gets zeros.
     """
-    near, far = (tuple(x.to(query.dtype) for x in pair) for pair in (near, far))  # slots may be autocast's
-    bias = bias.to(query.dtype).expand(*query.shape[:2], -1)
+    bias = bias.expand(*query.shape[:2], -1)
     pieces = [tile.part(first) for tile in tiles for first in range(tile.first, tile.last, QUERIES)]
     limits = [near[0].shape[2]] * len(query) if lengths is None else lengths.tolist()
     plan = _Plan(kernels.load("ranges"), torch.tensor(pieces), limits, lead, scaling)
@@ -126,6 +125,14 @@ class _Plan(NamedTuple):
     lead: int
     scaling: float
 
+    def read(self, query, key, value, far_key, far_value, bias) -> tuple[Tensor, ...]:
+        """What `run` is given."""
+        near = kernels.readable(key), kernels.readable(value)
+        far = far_key.float().contiguous(), far_value.float().contiguous()
+        if self.lead:
+            far = (torch.cat([x[:, :, : self.lead], y], 2) for x, y in zip(near, far, strict=True))
+        return kernels.readable(query), *near, *far, bias.float().contiguous()
+
     def run(self, function: Any, given: tuple[Tensor, ...], results: Callable[[int, int, int], tuple]) -> None:
         """
         The kernel for every query head h of every row b, with what results(b, g, h) adds to its arguments; the heads of one
@@ -148,25 +155,23 @@ class _Plan(NamedTuple):
 class _Ranges(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, plan, query, key, value, far_key, far_value, bias):
-        query, key, value = map(kernels.in_rows, (query, key, value))
-        far = far_key.contiguous(), far_value.contiguous()
-        if plan.lead:
-            far = [torch.cat([x[:, :, : plan.lead], y], 2) for x, y in zip((key, value), far, strict=True)]
-        given = query, key, value, *far, bias.contiguous()
+    def forward(ctx, plan, *tensors):
+        given = plan.read(*tensors)
+        query = given[0]
         output, total = query.new_empty(query.shape), query.new_empty(query.shape[:3])
         plan.run(plan.library.ranges_forward, given, lambda b, g, h: (output[b, h], total[b, h]))
-        ctx.plan = plan
-        ctx.save_for_backward(*given, output, total)
+        output, ctx.plan = output.to(tensors[0].dtype), plan
+        ctx.save_for_backward(*tensors, output, total)
         return output
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx, grad):
-        *given, output, total = ctx.saved_tensors
-        plan, query, bias = ctx.plan, given[0], given[5]
-        grad, of_query = kernels.in_rows(grad), query.new_empty(query.shape)
+        *tensors, output, total = ctx.saved_tensors
+        plan, given = ctx.plan, ctx.plan.read(*tensors)
+        query, bias, output = given[0], given[5], output.float()
+        grad, of_query = kernels.readable(grad), query.new_empty(query.shape)
         near, far = ([x.new_zeros(x.shape) for x in pair] for pair in (given[1:3], given[3:5]))
         of_bias = query.new_zeros(*bias.shape, kernels.LANES)
 
@@ -179,4 +184,5 @@ class _Ranges(torch.autograd.Function):
         if plan.lead:
             for x, y in zip(near, far, strict=True):
                 x[:, :, : plan.lead] += y[:, :, : plan.lead]
-        return None, of_query, *near, *(y[:, :, plan.lead :] for y in far), of_bias.sum(-1)
+        found = of_query, *near, *(y[:, :, plan.lead :] for y in far), of_bias.sum(-1)
+        return None, *(x.to(like.dtype) for x, like in zip(found, tensors, strict=True))

@@ -6,7 +6,7 @@ With pairs (i, J) of query i and a chosen block J, and r_i the log-sum-exp of wh
 Copying every query's blocks side by side would cost N x blocks x block_size x D. Turned around (Lu 2025, MoBA,
 arXiv:2502.13189), the pairs are sorted by block, and the queries that chose a block are multiplied with it at once: a
 query is copied once per pair and a key block once, some megabytes at a time. Cost: pairs x block_size x D.
-On a CPU in float32 a kernel does it (kernels/chosen_blocks.c), elsewhere batched products, as a part of a joint softmax.
+On a CPU a kernel does it, in float32 (kernels/chosen_blocks.c), elsewhere batched products, as a part of a joint softmax.
 
 Letters: B batch, H query heads, G key/value heads, L slots of queries, M of keys, both whole blocks, D head size, C
 chosen blocks.
@@ -125,27 +125,30 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, plan, query, key, value, chosen, valid):
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        given = [query, key, value, *plan.sort(query, key, chosen, valid)]
-        output, total, sums = torch.empty_like(query), *query.new_empty(2, *query.shape[:3])
+        given = [x.float().contiguous() for x in (query, key, value)]
+        pairs = plan.sort(query, key, chosen, valid)
+        output, total, sums = torch.empty_like(given[0]), *given[0].new_empty(2, *query.shape[:3])
+        given += pairs
         plan.run(plan.library.blocks_forward, given, lambda b, g, own: (output[b, own], total[b, own], sums[b, own]))
-        ctx.plan = plan
-        ctx.save_for_backward(*given, output, total)
+        output, ctx.plan = output.to(query.dtype), plan
+        ctx.save_for_backward(query, key, value, *pairs, output, total)
         return output
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx, grad):
-        *given, output, total = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in given[:3])
-        grad, delta = grad.contiguous(), torch.empty_like(total)
+        *tensors, rows, start, output, total = ctx.saved_tensors
+        given = [x.float().contiguous() for x in tensors]
+        found = dq, dk, dv = [torch.empty_like(x) for x in given]
+        output, grad = (x.float().contiguous() for x in (output, grad))
+        delta = torch.empty_like(total)
 
         def results(b: int, g: int, own: slice) -> tuple:
             return *(x[b, own] for x in (output, total, grad, delta, dq)), dk[b, g], dv[b, g]
 
-        ctx.plan.run(ctx.plan.library.blocks_backward, given, results)
-        return None, dq, dk, dv, None, None
+        ctx.plan.run(ctx.plan.library.blocks_backward, [*given, rows, start], results)
+        return None, *(x.to(like.dtype) for x, like in zip(found, tensors, strict=True)), None, None
 
 
 @torch.compiler.disable
