@@ -40,15 +40,12 @@ def comparable_config(name: str, longest: int) -> EfficientAttentionConfig:
 
 
 def attention(
-    module: torch.nn.Module | None, causal: bool, length: int, backward: bool, device: str
+    module: torch.nn.Module | None, causal: bool, length: int, backward: bool, device: str, dtype: torch.dtype
 ) -> Callable[[], None]:
     """One pass of a variant's module, or of SDPA where it is None."""
-    generator = torch.Generator(device).manual_seed(0)
-    query, key, value = (
-        torch.randn(1, HEADS, length, HEAD_DIM, device=device, generator=generator, requires_grad=backward)
-        for _ in range(3)
-    )
-    hidden = torch.randn(1, length, HEADS * HEAD_DIM, device=device) if getattr(module, "needs_hidden", False) else None
+    options = {"device": device, "dtype": dtype, "generator": torch.Generator(device).manual_seed(0)}
+    query, key, value = (torch.randn(1, HEADS, length, HEAD_DIM, **options, requires_grad=backward) for _ in range(3))
+    hidden = torch.randn(1, length, HEADS * HEAD_DIM, **options) if getattr(module, "needs_hidden", False) else None
 
     def run() -> None:
         with torch.set_grad_enabled(backward):
@@ -63,7 +60,7 @@ def attention(
     return run
 
 
-def described(name: str, mode: str, config: EfficientAttentionConfig, device: str) -> dict:
+def described(name: str, mode: str, config: EfficientAttentionConfig, device: str, dtype: torch.dtype) -> dict:
     """The columns of a row that say what was measured, and on what."""
     return {
         "variant": name,
@@ -71,18 +68,20 @@ def described(name: str, mode: str, config: EfficientAttentionConfig, device: st
         "config": json.dumps(config.to_dict()),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "torch": torch.__version__,
     }
 
 
-def measure(name: str, causal: bool, lengths: Sequence[int], repeats: int, device: str) -> list[dict]:
+def measure(
+    name: str, causal: bool, lengths: Sequence[int], repeats: int, device: str, dtype: torch.dtype
+) -> list[dict]:
     """All rows of one variant in one direction."""
     config = comparable_config(name, max(lengths))
     host = HostShape(HEADS, HEADS, HEAD_DIM, HEADS * HEAD_DIM, causal)
-    module = build(config, host).to(device)
-    common = described(name, "decoder" if causal else "encoder", config, device)
+    module = build(config, host).to(device, dtype)
+    common = described(name, "decoder" if causal else "encoder", config, device, dtype)
     rows, faster = [], {}
 
     def row(
@@ -93,13 +92,12 @@ def measure(name: str, causal: bool, lengths: Sequence[int], repeats: int, devic
         )
 
     for length in lengths:
-        ours, dense = (attention(m, causal, length, True, device) for m in (module, None))
+        ours, dense = (attention(m, causal, length, True, device, dtype) for m in (module, None))
         ratio = measuring.time_ratio(dense, ours, repeats=repeats, device=device)
         faster[length] = ratio.ratio
         row("speedup", "times SDPA", length, ratio.ratio, ratio.low, ratio.high)
         forward = measuring.time_ratio(
-            attention(None, causal, length, False, device), attention(module, causal, length, False, device),
-            repeats=repeats, device=device,
+            *(attention(m, causal, length, False, device, dtype) for m in (None, module)), repeats=repeats, device=device
         )  # fmt: skip
         row("forward_speedup", "times SDPA", length, forward.ratio, forward.low, forward.high)
         peaks = [measuring.peak_memory(step, device) for step in (ours, dense)]
@@ -143,6 +141,7 @@ def main(args: Sequence[str] | None = None) -> list[dict]:
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096], metavar="N")
     parser.add_argument("--modes", nargs="+", choices=["encoder", "decoder"], default=["encoder", "decoder"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="CSV to write; an existing file is not overwritten")
     options = parser.parse_args(args)
@@ -152,7 +151,9 @@ def main(args: Sequence[str] | None = None) -> list[dict]:
     rows = []
     for name in options.variants:
         for mode in options.modes:
-            rows += measure(name, mode == "decoder", lengths, options.repeats, options.device)
+            rows += measure(
+                name, mode == "decoder", lengths, options.repeats, options.device, getattr(torch, options.dtype)
+            )
             print(f"measured {name} as {mode}", flush=True)
     show(rows, lengths)
     if options.output:

@@ -70,7 +70,7 @@ def measure(name: str, lengths: Sequence[int], repeats: int, device: str) -> lis
         dense, ours = decoding(None, length, device), decoding(module, length, device)
         ratio = measuring.time_ratio(dense, ours, repeats=repeats, device=device)
         held = measuring.state_bytes(module, length) / (2 * HEADS * length * HEAD_DIM * 4)
-        common = described(name, "decoding", config, device) | {"length": length}
+        common = described(name, "decoding", config, device, torch.float32) | {"length": length}
         found = {"value": ratio.ratio, "low": ratio.low, "high": ratio.high}
         rows.append({**common, "metric": "token_speedup", "unit": "times a dense cache", **found})
         rows.append(

@@ -124,6 +124,22 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@contextmanager
+def writable(*results: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The results as kernels write them: those in half precision begin as float32 copies, and get what is there afterwards."""
+    wide = [x.float() for x in results]
+    yield wide
+    for x, y in zip(results, wide, strict=True):
+        if x is not y:
+            x.copy_(y)
+
+
+def heads_of(x: torch.Tensor, b: int, g: int, groups: int) -> torch.Tensor:
+    """Of x (B, X, ...) row b and those of its X heads that belong to key/value head g of `groups`: a view."""
+    each = x.shape[1] // groups
+    return x[b, g * each : (g + 1) * each]
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hf_efficient_attn")

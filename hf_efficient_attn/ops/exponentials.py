@@ -9,7 +9,7 @@ Letters: B batch, H query heads, G key/value heads, N tokens, D head size, m fea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,40 +60,45 @@ class _Plan:
     real: list[int]
     before: Sums | None
 
-    def run(self, job: Callable[[int, int, slice], None], batch: int, groups: int, heads: int) -> None:
-        """job(b, g, its query heads) for each key/value head of each row."""
-        share = heads // groups
-        kernels.for_each_head(lambda b, g: job(b, g, slice(g * share, (g + 1) * share)), batch, groups)
+    def run(
+        self, function: Any, given: Sequence[Tensor], sums: Sequence[Tensor | None], saved: Sequence[Tensor], results
+    ) -> None:
+        """The kernel for each key/value head of each row, with sums (B, G, ...), what was `saved` and the `results`."""
+        (batch, heads, n, dim), groups, m = given[0].shape, given[1].shape[1], self.maps.shape[1]
+
+        def job(b: int, g: int) -> None:
+            query, key, value, *more = (kernels.readable(kernels.heads_of(x, b, g, groups)) for x in (*given, *saved))
+            strides = query.stride(0), query.stride(1), key, key.stride(1), value, value.stride(1)
+            sizes = self.maps[g], heads // groups, n, self.real[b], m, dim, self.half
+            own = (None if x is None else x[b, g] for x in sums)
+            more = (*more, *more[-1].stride()[:2]) if more else ()
+            with kernels.writable(*(kernels.heads_of(x, b, g, groups) for x in results)) as found:
+                kernels.call(function, query, *strides, *sizes, *own, *more, *found)
+
+        kernels.for_each_head(job, batch, groups)
 
 
 class _Exponentials(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, plan, *tensors):
-        query, key, value = map(kernels.readable, tensors)
-        (batch, heads, n, dim), (groups, m) = query.shape, plan.maps.shape[:2]
+    def forward(ctx, plan, query, key, value):
+        (batch, heads, n, dim), (groups, m), wide = query.shape, plan.maps.shape[:2], {"dtype": torch.float32}
         if plan.before is None:
-            total, z = query.new_zeros(batch, groups, m, dim), query.new_zeros(batch, groups, m)
+            total, z = query.new_zeros(batch, groups, m, dim, **wide), query.new_zeros(batch, groups, m, **wide)
             top = torch.full_like(z, NEVER)
         else:
             given = plan.before.total
             total, z, top = given[..., :-1].contiguous(), given[..., -1].contiguous(), plan.before.top.clone()
         reference = top.masked_fill(top == NEVER, 0)
-        output, normaliser = query.new_empty(query.shape), query.new_ones(batch, heads, n)
+        output, normaliser = query.new_empty(query.shape), query.new_ones(batch, heads, n, **wide)
         kept = None
         if any(ctx.needs_input_grad):
-            kept = query.new_empty(batch, groups, -(-n // SPAN), m * (dim + 3))
-
-        def job(b: int, g: int, own: slice) -> None:
-            given = query[b, own], query.stride(1), query.stride(2), key[b, g], key.stride(2), value[b, g]
-            sizes = value.stride(2), plan.maps[g], heads // groups, n, plan.real[b], m, dim, plan.half
-            sums = total[b, g], z[b, g], reference[b, g], top[b, g], None if kept is None else kept[b, g]
-            kernels.call(plan.library.exponentials_forward, *given, *sizes, *sums, output[b, own], normaliser[b, own])
-
-        plan.run(job, batch, groups, heads)
-        output, ctx.plan = output.to(tensors[0].dtype), plan
+            kept = query.new_empty(batch, groups, -(-n // SPAN), m * (dim + 3), **wide)
+        sums, results = (total, z, reference, top, kept), (output, normaliser)
+        plan.run(plan.library.exponentials_forward, (query, key, value), sums, (), results)
+        ctx.plan = plan
         if kept is not None:
-            ctx.save_for_backward(*tensors, kept, output, normaliser)
+            ctx.save_for_backward(query, key, value, kept, output, normaliser)
         scale = torch.exp(reference - top.masked_fill(top == NEVER, 0))  # relative to the running maximum, as they came
         total.mul_(scale[..., None])
         z.mul_(scale)
@@ -105,18 +110,8 @@ class _Exponentials(torch.autograd.Function):
     @first_order
     @without_autocast
     def backward(ctx, grad, *_):
-        *tensors, kept, output, normaliser = ctx.saved_tensors
-        query, key, value, output, grad = map(kernels.readable, (*tensors, output, grad))
-        (batch, heads, n, dim), groups, plan = query.shape, key.shape[1], ctx.plan
-        of_query, of_key, of_value = (x.new_empty(x.shape) for x in (query, key, value))
-
-        def job(b: int, g: int, own: slice) -> None:
-            given = query[b, own], query.stride(1), query.stride(2), key[b, g], key.stride(2), value[b, g]
-            sizes = value.stride(2), plan.maps[g], heads // groups, n, plan.real[b], plan.maps.shape[1], dim, plan.half
-            saved = kept[b, g], output[b, own], normaliser[b, own], grad[b, own], grad.stride(1), grad.stride(2)
-            results = of_query[b, own], of_key[b, g], of_value[b, g]
-            kernels.call(plan.library.exponentials_backward, *given, *sizes, *saved, *results)
-
-        plan.run(job, batch, groups, heads)
-        found = of_query, of_key, of_value
-        return None, *(x.to(like.dtype) for x, like in zip(found, tensors, strict=True))
+        *given, kept, output, normaliser = ctx.saved_tensors
+        found = [x.new_empty(x.shape) for x in given]
+        saved = output, normaliser, grad
+        ctx.plan.run(ctx.plan.library.exponentials_backward, given, (kept,), saved, found)
+        return None, *found

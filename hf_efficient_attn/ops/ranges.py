@@ -12,7 +12,7 @@ Letters: B batch, H query heads, G key/value heads, N queries, S near keys, F fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -127,40 +127,40 @@ class _Plan(NamedTuple):
 
     def read(self, query, key, value, far_key, far_value, bias) -> tuple[Tensor, ...]:
         """What `run` is given."""
-        near = kernels.readable(key), kernels.readable(value)
-        far = far_key.float().contiguous(), far_value.float().contiguous()
+        far = far_key, far_value
         if self.lead:
-            far = (torch.cat([x[:, :, : self.lead], y], 2) for x, y in zip(near, far, strict=True))
-        return kernels.readable(query), *near, *far, bias.float().contiguous()
+            far = (torch.cat([x[:, :, : self.lead], y], 2) for x, y in zip((key, value), far, strict=True))
+        return query, key, value, *(x.contiguous() for x in far), bias.float().contiguous()
 
-    def run(self, function: Any, given: tuple[Tensor, ...], results: Callable[[int, int, int], tuple]) -> None:
+    def run(self, function: Any, given: Sequence[Tensor], saved: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """
-        The kernel for every query head h of every row b, with what results(b, g, h) adds to its arguments; the heads of one
-        key/value head g, whose gradients add up, in turn.
+        The kernel for every query head of every row; those of one key/value head, whose gradients add up, in turn. `saved`, of
+        which the last goes with its stride, and `results` are what it is given besides, all (B, heads of some kind, ...).
         """
-        query, key, value, far_key, far_value, bias = given
-        (batch, heads), groups = query.shape[:2], key.shape[1]
+        groups, share = given[1].shape[1], given[0].shape[1] // given[1].shape[1]
 
         def group(b: int, g: int) -> None:
-            for h in range(g * heads // groups, (g + 1) * heads // groups):
-                near = query[b, h], query.stride(2), key[b, g], key.stride(2), value[b, g], value.stride(2)
-                f = h * far_key.shape[1] // heads
-                far = far_key[b, f], far_value[b, f], bias[b, h], bias.shape[2]
-                rest = self.limits[b], self.tiles, len(self.tiles), query.shape[3], self.scaling
-                kernels.call(function, *near, *far, *rest, *results(b, g, h))
+            parts = [kernels.readable(kernels.heads_of(x, b, g, groups)) for x in (*given, *saved)]
+            with kernels.writable(*(kernels.heads_of(x, b, g, groups) for x in results)) as found:
+                for h in range(share):
+                    query, key, value, far_key, far_value, bias, *more = (x[h * len(x) // share] for x in parts)
+                    near = query, query.stride(0), key, key.stride(0), value, value.stride(0)
+                    rest = self.limits[b], self.tiles, len(self.tiles), query.shape[1], self.scaling
+                    more = (*more, more[-1].stride(0)) if more else ()
+                    own = (x[h * len(x) // share] for x in found)
+                    kernels.call(function, *near, far_key, far_value, bias, len(bias), *rest, *more, *own)
 
-        kernels.for_each_head(group, batch, groups)
+        kernels.for_each_head(group, len(given[0]), groups)
 
 
 class _Ranges(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, plan, *tensors):
-        given = plan.read(*tensors)
-        query = given[0]
-        output, total = query.new_empty(query.shape), query.new_empty(query.shape[:3])
-        plan.run(plan.library.ranges_forward, given, lambda b, g, h: (output[b, h], total[b, h]))
-        output, ctx.plan = output.to(tensors[0].dtype), plan
+        query = tensors[0]
+        output, total = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+        plan.run(plan.library.ranges_forward, plan.read(*tensors), (), (output, total))
+        ctx.plan = plan
         ctx.save_for_backward(*tensors, output, total)
         return output
 
@@ -170,17 +170,10 @@ class _Ranges(torch.autograd.Function):
     def backward(ctx, grad):
         *tensors, output, total = ctx.saved_tensors
         plan, given = ctx.plan, ctx.plan.read(*tensors)
-        query, bias, output = given[0], given[5], output.float()
-        grad, of_query = kernels.readable(grad), query.new_empty(query.shape)
-        near, far = ([x.new_zeros(x.shape) for x in pair] for pair in (given[1:3], given[3:5]))
-        of_bias = query.new_zeros(*bias.shape, kernels.LANES)
-
-        def results(b: int, g: int, h: int) -> tuple:
-            f = h * far[0].shape[1] // query.shape[1]
-            sums = near[0][b, g], near[1][b, g], far[0][b, f], far[1][b, f], of_bias[b, h]
-            return output[b, h], total[b, h], grad[b, h], grad.stride(2), of_query[b, h], *sums
-
-        plan.run(plan.library.ranges_backward, given, results)
+        of_query, *sums = given[0].new_empty(given[0].shape), *(x.new_zeros(x.shape) for x in given[1:5])
+        of_bias = given[5].new_zeros(*given[5].shape, kernels.LANES)
+        plan.run(plan.library.ranges_backward, given, (output, total, grad), (of_query, *sums, of_bias))
+        near, far = sums[:2], sums[2:]
         if plan.lead:
             for x, y in zip(near, far, strict=True):
                 x[:, :, : plan.lead] += y[:, :, : plan.lead]

@@ -15,7 +15,7 @@ chosen blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,17 +106,25 @@ class _Plan:
         kernels.for_each_head(job, batch, groups)
         return rows, start
 
-    def run(self, function: Any, given: list[Tensor], results: Callable[[int, int, slice], tuple]) -> None:
-        """The kernel for each key/value head g of each row b, with what results(b, g, its query heads) adds."""
-        query, key, value, rows, start = given
-        (batch, groups), share = key.shape[:2], query.shape[1] // key.shape[1]
+    def run(
+        self,
+        function: Any,
+        given: Sequence[Tensor],
+        pairs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        results: Sequence[Tensor],
+    ) -> None:
+        """The kernel for each key/value head of each row, with what was `saved` and with the `results`, (B, H or G, ...)."""
+        (batch, heads, length, dim), (groups, keys) = given[0].shape, given[1].shape[1:3]
 
         def job(b: int, g: int) -> None:
-            own = slice(g * share, (g + 1) * share)
-            sizes = key.shape[2] // self.block_size, self.own[b], query.shape[2], share, self.block_size, query.shape[3]
+            own = [kernels.heads_of(x, b, g, groups).float().contiguous() for x in (*given, *saved)]
+            sizes = keys // self.block_size, self.own[b], length, heads // groups, self.block_size, dim
             used = None if self.used is None else self.used[b]
-            tensors = query[b, own], key[b, g], value[b, g], rows[b, g], start[b, g]
-            kernels.call(function, *tensors, *sizes, self.scaling, int(self.causal), used, *results(b, g, own))
+            own, more = own[: len(given)], own[len(given) :]
+            with kernels.writable(*(kernels.heads_of(x, b, g, groups) for x in results)) as found:
+                rest = *(x[b, g] for x in pairs), *sizes, self.scaling, int(self.causal), used
+                kernels.call(function, *own, *rest, *more, *found)
 
         kernels.for_each_head(job, batch, groups)
 
@@ -125,12 +133,10 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, plan, query, key, value, chosen, valid):
-        given = [x.float().contiguous() for x in (query, key, value)]
         pairs = plan.sort(query, key, chosen, valid)
-        output, total, sums = torch.empty_like(given[0]), *given[0].new_empty(2, *query.shape[:3])
-        given += pairs
-        plan.run(plan.library.blocks_forward, given, lambda b, g, own: (output[b, own], total[b, own], sums[b, own]))
-        output, ctx.plan = output.to(query.dtype), plan
+        output, (total, sums) = query.new_empty(query.shape), query.new_empty(2, *query.shape[:3], dtype=torch.float32)
+        plan.run(plan.library.blocks_forward, (query, key, value), pairs, (), (output, total, sums))
+        ctx.plan = plan
         ctx.save_for_backward(query, key, value, *pairs, output, total)
         return output
 
@@ -138,17 +144,11 @@ class _Blocks(torch.autograd.Function):
     @first_order
     @without_autocast
     def backward(ctx, grad):
-        *tensors, rows, start, output, total = ctx.saved_tensors
-        given = [x.float().contiguous() for x in tensors]
-        found = dq, dk, dv = [torch.empty_like(x) for x in given]
-        output, grad = (x.float().contiguous() for x in (output, grad))
-        delta = torch.empty_like(total)
-
-        def results(b: int, g: int, own: slice) -> tuple:
-            return *(x[b, own] for x in (output, total, grad, delta, dq)), dk[b, g], dv[b, g]
-
-        ctx.plan.run(ctx.plan.library.blocks_backward, [*given, rows, start], results)
-        return None, *(x.to(like.dtype) for x, like in zip(found, tensors, strict=True)), None, None
+        *given, rows, start, output, total = ctx.saved_tensors
+        found = [x.new_empty(x.shape) for x in given]
+        saved, results = (output, total, grad), (torch.empty_like(total), *found)
+        ctx.plan.run(ctx.plan.library.blocks_backward, given, (rows, start), saved, results)
+        return None, *found, None, None
 
 
 @torch.compiler.disable
