@@ -67,9 +67,9 @@ def measure_in_own_process(job: dict[str, Any], timeout: float = 1800) -> dict[s
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """
-    Job keys: `base` (folder), `task`, `patch`, `attention` ("sdpa" or "eager"), `batch_size`, `length`,
-    `mixed_precision`, `gradient_checkpointing`, `lora_rank`, `lora_targets`, `chunk_size`, `repeats`, `seed`,
-    `device`. The batch is full: every row has `length` random tokens.
+    Job keys: `base` (folder), `task`, `patch`, `attention` ("sdpa" or "eager"), `batch_size`, `accumulation` (batches of
+    that size in a step), `length`, `mixed_precision`, `gradient_checkpointing`, `lora_rank`, `lora_targets`, `chunk_size`,
+    `repeats`, `seed`, `device`. The batch is full: every row has `length` random tokens.
 
     Returns the fields of `hf_efficient_attn.measuring.ModelCost` and `process_peak_bytes`, the whole process's
     resident set as the operating system saw it (on a GPU, of the host).
@@ -111,6 +111,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         loss=lambda: objective(batch)["loss"],
         optimizer=adamw([p for p in whole.parameters() if p.requires_grad], 1e-6),
         autocast=autocast,
+        accumulation=job["accumulation"],
         repeats=job["repeats"],
         decodes=job["task"] == "causal-lm",
     )

@@ -116,10 +116,9 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
         objective = fit_for_training(session, model, added)
         row["parameters_trained"] = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         if session.recipe.steps:
-            schedule = session.schedule(
-                train_examples, session.recipe.examples(accelerator.num_processes), shuffle=True
-            )
-            row["training"] = train_run(session, run.label, run.folder, objective, schedule, session.recipe, bars, task)
+            recipe = session.recipe_of(run)
+            schedule = session.schedule(train_examples, recipe.examples(accelerator.num_processes), shuffle=True)
+            row["training"] = train_run(session, run.label, run.folder, objective, schedule, recipe, bars, task)
             row["after"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: after")
             if (args.save_models or args.push_to_hub) and run.kind != "control" and accelerator.is_main_process:
                 keep = session.folder / run.folder / "model"
@@ -204,7 +203,7 @@ def transfer_block(
     """Trains some layers to give their dense attention."""
     args, processes = session.args, session.accelerator.num_processes
     length = run.max_length or args.max_length
-    recipe = transfer_recipe(session.recipe, args.recover, length, processes, args.recover_learning_rate)
+    recipe = transfer_recipe(session.recipe_of(run), args.recover, length, processes, args.recover_learning_rate)
     schedule = session.schedule(examples, recipe.examples(processes), shuffle=True)
     words = f"{run.label}: transfer" + (f" from layer {block[0]}" if args.recover_blocks else "")
     objective = TransferObjective(model, transfer)
@@ -290,20 +289,21 @@ def evaluate_run(session, objective, examples: Examples, bars: Progress, task: T
     return scores
 
 
-def cost_of(
-    session: Session, patch, max_length: int | None, attention: str
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Memory and time of one configuration, or why they could not be measured; the same on every process."""
+def cost_of(session: Session, run: RunSpec, attention: str) -> tuple[dict[str, Any] | None, str | None]:
+    """Memory and time of a run, or why they could not be measured; the same on every process."""
     args = session.args
+    whole = args.cost_batch_size or args.batch_size
+    size = min(run.micro_batch or whole, whole)
     answer: tuple[dict[str, Any] | None, str | None] = (None, None)
     if session.accelerator.is_main_process:
         job = {
             "base": str(session.base_folder),
             "task": args.task,
-            "patch": patch,
+            "patch": run.patch,
             "attention": attention,
-            "batch_size": args.cost_batch_size or args.batch_size,
-            "length": max_length or args.cost_length or args.max_length,
+            "batch_size": size,
+            "accumulation": -(-whole // size),
+            "length": run.max_length or args.cost_length or args.max_length,
             "mixed_precision": session.accelerator.mixed_precision,
             "gradient_checkpointing": args.gradient_checkpointing,
             "lora_rank": args.lora_rank,
@@ -334,7 +334,7 @@ def measure_costs(session: Session, bars: Progress) -> None:
         row = rows[run.label]
         if row["cost"] is None and row["cost_error"] is None:
             attention = "eager" if run.label == EAGER else "sdpa"
-            row["cost"], row["cost_error"] = cost_of(session, run.patch, run.max_length, attention)
+            row["cost"], row["cost_error"] = cost_of(session, run, attention)
             session.save()
         bars.update(task, advance=1, word=run.label)
 
@@ -369,6 +369,7 @@ def empty_row(run: RunSpec) -> dict[str, Any]:
         "kind": run.kind,
         "control_of": run.control_of,
         "read_tokens": run.max_length,
+        "micro_batch": run.micro_batch,
         "status": "ok",
         "error": None,
         "layers": [],

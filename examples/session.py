@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class Session:
             checkpoint_every=args.checkpoint_every,
             schedule=args.schedule,
         )
+        for run in runs:
+            self.recipe_of(run)  # or the error comes when it is the run's turn
         base = models.make_base(
             args.model,
             args.task,
@@ -108,6 +111,19 @@ class Session:
             self.tokenizer.save_pretrained(fresh)
             fresh.rename(self.base_folder)
         self.accelerator.wait_for_everyone()
+
+    def recipe_of(self, run: RunSpec) -> Recipe:
+        """
+        The recipe with as many examples in a step, of which the run reads its micro-batch at a time.
+
+        Raises:
+            ValueError: they do not make up a step.
+        """
+        whole = self.recipe.batch_size * self.recipe.accumulation
+        size = run.micro_batch or self.recipe.batch_size
+        if whole % size:
+            raise ValueError(f"run {run.label!r}: micro_batch = {size} does not divide the {whole} texts of a step.")
+        return replace(self.recipe, batch_size=size, accumulation=whole // size)
 
     def examples(self, max_length: int) -> tuple[Examples, Examples]:
         """The tokenised splits, cut at that many tokens."""
@@ -150,7 +166,8 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
         earlier = {key: value for key, value in earlier.items() if key not in FREE}
         now = json.loads(json.dumps(arguments))
         differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
-        if all(run in now["runs"] for run in earlier.get("runs") or map(vars, read_runs(earlier["variants"]))):
+        runs = [RunSpec(**run) for run in earlier["runs"]] if "runs" in earlier else read_runs(earlier["variants"])
+        if all(vars(run) in now["runs"] for run in runs):
             differing = [name for name in differing if name not in ("variants", "runs")]  # more of them
         elif "variants" in differing:
             differing.remove("runs")

@@ -103,6 +103,7 @@ def train(
         ValueError: the folder's checkpoint is unreadable or another run's.
     """
     accelerator.step = 0  # an earlier run may have failed between two updates
+    accelerator.gradient_accumulation_steps = recipe.accumulation
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
     groups = objective.parameter_groups()
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -5,6 +5,7 @@ A YAML file maps labels to runs:
 
     window-128: {variant: sliding_window, window: 128}
     dense-512: {variant: dense, read_tokens: 512}
+    long: {variant: block, read_tokens: 2048, micro_batch: 2}
     top-only: {variant: linformer, rank: 64, layers: "3-5"}
     mixture: {"0-2": sliding_window, "3-5": {variant: linformer, rank: 64}}
 """
@@ -12,7 +13,7 @@ A YAML file maps labels to runs:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class RunSpec:
         patch: what `examples.models.install` puts into the model; plain JSON types.
         control_of: the label of the variant that a control belongs to, or None where it stands beside all.
         max_length: tokens this run reads, where it differs from the other runs.
+        micro_batch: texts this run reads at a time, where it differs; it accumulates their gradients to the same step.
     """
 
     label: str
@@ -41,6 +43,7 @@ class RunSpec:
     patch: dict[str, Any] | None = None
     control_of: str | None = None
     max_length: int | None = None
+    micro_batch: int | None = None
 
     @property
     def folder(self) -> str:
@@ -108,15 +111,17 @@ def _run(label: str, value: Any) -> RunSpec:
     if "variant" not in value:
         return RunSpec(label, "variant", {"mapping": {str(k): _config(label, v) for k, v in value.items()}})
     options = dict(value)
-    max_length = options.pop("read_tokens", None)
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-        raise ValueError(f"run {label!r}: read_tokens = {max_length!r} must be a positive number of tokens.")
+    reads = {}
+    for name, field, what in (("read_tokens", "max_length", "tokens"), ("micro_batch", "micro_batch", "texts")):
+        reads[field] = given = options.pop(name, None)
+        if given is not None and (not isinstance(given, int) or given < 1):
+            raise ValueError(f"run {label!r}: {name} = {given!r} must be a positive number of {what}.")
     layers = options.pop("layers", None)
     if options["variant"] == DENSE:
         if options.keys() - {"variant"} or layers is not None:
-            raise ValueError(f"run {label!r}: dense takes no other option than read_tokens.")
-        return RunSpec(label, "dense", max_length=max_length)
-    return RunSpec(label, "variant", {"config": _config(label, options), "layers": layers}, max_length=max_length)
+            raise ValueError(f"run {label!r}: dense takes no other options than read_tokens and micro_batch.")
+        return RunSpec(label, "dense", **reads)
+    return RunSpec(label, "variant", {"config": _config(label, options), "layers": layers}, **reads)
 
 
 def _config(label: str, value: Any) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _window_only(run: RunSpec, causal: bool) -> list[RunSpec]:
         if window is None:
             return []
         patch = {"config": window, "layers": run.patch["layers"]}
-    return [RunSpec(f"{run.label}: window only", "control", patch, run.label, run.max_length)]
+    return [replace(run, label=f"{run.label}: window only", kind="control", patch=patch, control_of=run.label)]
 
 
 def _window(config: dict[str, Any], causal: bool) -> dict[str, Any] | None:

@@ -150,6 +150,7 @@ def measure_model(
     loss: Callable[[], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    accumulation: int = 1,
     repeats: int = 3,
     decodes: bool = False,
 ) -> ModelCost:
@@ -165,11 +166,13 @@ def measure_model(
         batch: `input_ids` (batch, length) and whatever else the model takes, on the model's device.
         loss: returns the scalar that training minimises on this batch; by default `model(**batch).loss`.
         autocast: returns the context in which forward passes run.
+        accumulation: how often the batch is read, one after the other, in a training step and in inference.
         decodes: the model generates text: inference computes the logits of the last token only, as reading a prompt
             does, and the cache that one sequence of this length leaves behind is measured.
     """
     device = batch["input_ids"].device
     size, length = batch["input_ids"].shape
+    size *= accumulation
 
     def cost(step: Callable[[], Any], prepare: Callable[[], Any]) -> StepCost:
         step()  # allocates what stays: optimizer state, lazily built buffers
@@ -189,9 +192,10 @@ def measure_model(
     if optimizer is not None:
 
         def train() -> None:
-            with autocast():
-                value = model(**batch).loss if loss is None else loss()
-            value.backward()
+            for _ in range(accumulation):
+                with autocast():
+                    value = model(**batch).loss if loss is None else loss()
+                value.backward()
             optimizer.step()
 
         model.train()
@@ -205,8 +209,9 @@ def measure_model(
 
     @torch.no_grad()
     def infer() -> None:
-        with autocast():
-            model(**inputs)
+        for _ in range(accumulation):
+            with autocast():
+                model(**inputs)
 
     model.eval()
     inference = cost(infer, lambda: None)

@@ -207,6 +207,40 @@ def test_variants_are_added_to_a_run_with_costs_and_keep_their_meaning(folder, t
         finetune.main(arguments(folder, job, *more, "flash", "--resume"))
 
 
+def test_a_run_can_read_fewer_texts_at_a_time(folder, tmp_path):
+    """The same steps from the same examples with less memory; the run after it reads all of them again."""
+    file = tmp_path / "v.yaml"
+    runs = {"few": {"variant": "dense", "micro_batch": 2}, "whole": {"variant": "dense"}}
+    file.write_text(yaml.safe_dump(runs))
+    more = ["--dropout", "0", "--controls", "none", "--cost-repeats", "1", "--cost-length", "64"]
+    given = arguments(folder, tmp_path / "out", *more, "--variants", str(file), task="causal-lm", model="gpt2")
+    rows = rows_of(finetune.main(given))
+    dense, few, whole = (rows[label] for label in ("dense", "few", "whole"))
+    assert whole["after"] == dense["after"] and whole["training"]["losses"] == dense["training"]["losses"]
+    assert few["micro_batch"] == 2 and few["training"]["tokens"] == whole["training"]["tokens"] == 4 * 4 * 24
+    assert few["training"]["losses"] == pytest.approx(whole["training"]["losses"], rel=1e-4)
+    assert few["after"]["loss"] == pytest.approx(whole["after"]["loss"], rel=1e-4) != few["before"]["loss"]
+    assert few["cost"]["batch_size"] == whole["cost"]["batch_size"] == 4
+    assert few["cost"]["train_step"]["flops"] == whole["cost"]["train_step"]["flops"]
+    for part in ("train_step", "inference"):
+        assert few["cost"][part]["working_bytes"] < 0.75 * whole["cost"][part]["working_bytes"]
+    file.write_text(yaml.safe_dump({"few": {"variant": "block", "micro_batch": 3}}))
+    with pytest.raises(ValueError, match="micro_batch = 3 does not divide the 4 texts of a step"):
+        finetune.main(arguments(folder, tmp_path / "other", "--variants", str(file)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_of_before_micro_batches_can_be_continued(folder, tmp_path):
+    job, more = tmp_path / "out", ["--no-cost", "--controls", "none", "--max-steps", "1"]
+    first = finetune.main(arguments(folder, job, *more, "--variants", "flash"))
+    saved = json.loads((job / "arguments.json").read_text())
+    for run in saved["runs"]:
+        del run["micro_batch"]
+    (job / "arguments.json").write_text(json.dumps(saved))
+    both = finetune.main(arguments(folder, job, *more, "--variants", "flash", "block", "--resume"))
+    assert both["rows"][:2] == first["rows"]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules(schedule):
     recipe = Recipe(11, 1, 1, 2.0, 0.0, 0.1, 1.0, 0, 0, schedule)
@@ -592,6 +626,7 @@ def test_measuring_process_measures_and_reports_failure(folder):
             "patch": None,
             "attention": "sdpa",
             "batch_size": 2,
+            "accumulation": 1,
             "length": 96,
         },
         **{"mixed_precision": "no", "gradient_checkpointing": False, "lora_rank": 0, "lora_targets": None},
@@ -836,6 +871,7 @@ def test_variants_from_names_and_files(tmp_path, monkeypatch):
         ({"a": {"variant": "block", "block_size": 0}}, "run 'a': .*at least 1"),
         ({"a": {"variant": "dense", "window": 2}}, "dense takes no other option"),
         ({"a": {"variant": "block", "read_tokens": "x"}}, "must be a positive number of tokens"),
+        ({"a": {"variant": "dense", "micro_batch": 0}}, "must be a positive number of texts"),
         ({"a": 3}, "expected a variant's name or a mapping"),
         ([1], "expected a mapping from labels"),
         ({"dense": "block"}, "two runs are labelled 'dense'"),

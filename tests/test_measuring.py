@@ -125,6 +125,23 @@ def test_measure_model_adds_up():
     assert cost.cache_bytes_per_sequence == 2 * 2 * 256 * 32 * 4  # layers x (keys, values) x tokens x width x float32
 
 
+def test_batches_that_make_up_a_step():
+    """As much work as the batch at once, with less of it held, but the gradients meanwhile."""
+    model, ids = tiny_gpt2(), torch.randint(0, 50, (4, 256))
+    optimizer = torch.optim.AdamW(model.parameters())
+    whole, parts = (
+        measure_model(
+            model, {"input_ids": x, "labels": x}, optimizer=optimizer, accumulation=4 // len(x), repeats=1, decodes=True
+        )
+        for x in (ids, ids[:1])
+    )
+    assert (parts.batch_size, parts.length) == (whole.batch_size, whole.length) == (4, 256)
+    assert parts.train_step.flops == whole.train_step.flops and parts.inference.flops == whole.inference.flops
+    assert parts.train_step.working_bytes < 0.5 * whole.train_step.working_bytes
+    assert parts.inference.working_bytes < 0.5 * whole.inference.working_bytes
+    assert parts.cache_bytes_per_sequence == whole.cache_bytes_per_sequence
+
+
 def test_measure_model_sees_the_squares_of_eager_attention():
     fused, eager = (measured(name)[1] for name in ("sdpa", "eager"))
     square = 2 * 2 * 256 * 256 * 4  # rows x heads x queries x keys x float32
