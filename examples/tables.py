@@ -7,7 +7,7 @@ Tables of README.md and docs/ are made from results files.
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`; without labels all rows are shown. KINDs:
 
 - `decoders_2048`, `decoders_8192`: results of examples/perplexity.py; `encoders_2048`, `authors_2048`: of embeddings.py;
-  `passkey`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py and decoding.py
+  `passkey`: of passkey.py; `speed`, `half`, `decoding`: of benchmarks/attention.py and decoding.py
 - `finetune`: the label is a folder of results of examples/finetune.py
 - `choose`: the label is a file of results of examples/choose.py or choose_encoder.py
 """
@@ -138,15 +138,30 @@ def _choose(name: str, labels: list[str]) -> str:
     return _table(lines) + f"\nShares of dense attention's. Made by `{results['command']}`.\n"
 
 
+def _attention(name: str) -> dict[tuple[str, str, str], float]:
+    """(variant, mode, metric) -> value of results of benchmarks/attention.py."""
+    with (ROOT / "results" / f"{name}.csv").open(encoding="utf-8") as file:
+        return {(row["variant"], row["mode"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+
+
 def _speed(name: str, labels: list[str]) -> str:
-    with (ROOT / "results" / "attention_cpu.csv").open(encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    values = {(row["variant"], row["mode"], row["metric"]): float(row["value"]) for row in found}
+    values = _attention("attention_cpu")
     lines = [["variant", "encoder", "decoder", "peak memory, encoder", "decoder"]]
-    for variant in labels or dict.fromkeys(row["variant"] for row in found):
+    for variant in labels or dict.fromkeys(variant for variant, *_ in values):
         speeds = [f"{values[variant, mode, 'speedup']:.2f}x" for mode in ("encoder", "decoder")]
         peaks = [f"{values[variant, mode, 'peak_ratio']:.2f}" for mode in ("encoder", "decoder")]
         lines.append([f"`{variant}`", *speeds, *peaks])
+    return _table(lines)
+
+
+def _half(name: str, labels: list[str]) -> str:
+    with_kernels, without = (_attention(f"attention_cpu_bfloat16{which}") for which in ("", "_pytorch"))
+    lines = [["variant", "speed", "without kernels", "peak memory", "without kernels"]]
+    for variant in labels or dict.fromkeys(variant for variant, *_ in with_kernels):
+        both = [
+            [values[variant, "decoder", x] for values in (with_kernels, without)] for x in ("speedup", "peak_ratio")
+        ]
+        lines.append([f"`{variant}`", *(f"{x:.2f}x" for x in both[0]), *(f"{x:.2f}" for x in both[1])])
     return _table(lines)
 
 
@@ -181,6 +196,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "finetune": _finetune,
     "choose": _choose,
     "speed": _speed,
+    "half": _half,
     "decoding": _decoding,
 }
 
