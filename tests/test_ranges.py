@@ -7,6 +7,7 @@ import torch
 
 from hf_efficient_attn import (
     BlockConfig,
+    ClusterFormerConfig,
     CompressiveConfig,
     HostShape,
     LinformerConfig,
@@ -35,10 +36,25 @@ LAYERS = [  # head size, length, config
 ]
 
 
-def layer(dim: int, config):
+ENCODERS = [
+    (64, 333, SlidingWindowConfig(window=70)),
+    (16, 200, SlidingWindowConfig(window=20, global_tokens=45)),
+    (80, 259, SlidingWindowConfig(window=1, global_tokens=1)),
+    (32, 130, SlidingWindowConfig(window=128, global_tokens=70)),
+    (32, 300, SlidingWindowConfig(window=64, global_tokens=3)),
+    (32, 130, ClusterFormerConfig(num_clusters=3, window=20)),
+    (16, 259, TransformerXLConfig(segment_size=20, memory_size=50)),
+    (64, 333, TransformerXLConfig(segment_size=100, memory_size=30)),
+    (64, 333, CompressiveConfig(segment_size=16, memory_size=32, compressed_size=11, compression_rate=4)),
+    (16, 200, CompressiveConfig(segment_size=30, memory_size=0, compressed_size=70, compression_rate=3)),
+    (32, 130, CompressiveConfig(segment_size=20, memory_size=50, compressed_size=9, compression_rate=2)),
+]
+
+
+def layer(dim: int, config, causal: bool = True):
     if isinstance(config, dict):
         config = LinformerConfig(**SIZES, **config)
-    module = build(config, HostShape(6, 2, dim, 6 * dim, True))
+    module = build(config, HostShape(6, 2, dim, 6 * dim, causal))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -51,12 +67,14 @@ def inputs(dim: int, length: int, scale: float = 1.0) -> list[torch.Tensor]:
     return [x.transpose(1, 2).requires_grad_() for x in draw]
 
 
-def results(dim: int, length: int, fields: dict, padded: bool, scale=1.0, dtype=torch.float32) -> list[torch.Tensor]:
+def results(
+    dim: int, length: int, fields: dict, padded: bool, scale=1.0, dtype=torch.float32, causal=True
+) -> list[torch.Tensor]:
     """Output and all gradients of a layer of grouped queries, whose heads are side by side in memory."""
-    module = layer(dim, fields).to(dtype)
+    module = layer(dim, fields, causal).to(dtype)
     args = [x.detach().to(dtype).requires_grad_() for x in inputs(dim, length, scale)]
     padding = torch.arange(length) >= torch.tensor([0, 40, length - 1])[:, None] if padded else None
-    output = module(*args, padding=padding, scaling=dim**-0.5, causal=True)
+    output = module(*args, padding=padding, scaling=dim**-0.5, causal=causal)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), [*args, *module.parameters()])]
 
@@ -71,13 +89,15 @@ def calls(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("dim", "length", "fields"), LAYERS)
-def test_the_kernel_is_the_joint_softmax(calls, dim, length, fields, padded) -> None:
-    ours = results(dim, length, fields, padded)
+@pytest.mark.parametrize(
+    ("dim", "length", "fields", "causal"), [(*x, True) for x in LAYERS] + [(*x, False) for x in ENCODERS]
+)
+def test_the_kernel_is_the_joint_softmax(calls, dim, length, fields, causal, padded) -> None:
+    ours = results(dim, length, fields, padded, causal=causal)
     assert set(calls) == {"ranges_forward", "ranges_backward"}
     calls.clear()
     with kernels.off():
-        theirs = results(dim, length, fields, padded)
+        theirs = results(dim, length, fields, padded, causal=causal)
     assert not calls
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-4)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ..caching import AttentionState, Count, TokenStore, take
 from .exact import exact_attention, masked_attention, sdpa
 from .joint import Part, joint_attention
-from .ranges import QUERIES, has_kernel, range_decoder
+from .ranges import QUERIES, Tile, has_kernel, range_decoder, range_encoder
 
 TILE = 32, 128  # queries per tile of a band, fewest and most: fewer read less in vain, more make better use of a kernel
 
@@ -486,6 +486,9 @@ def segment_encoder(
     (batch, n), b = key.shape[0::2], pattern.block
     if n <= b:
         return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
+    if pattern.memory and far is None and has_kernel(query, options.get("dropout", 0.0)):
+        tiles = segment_tiles(n, pattern)
+        return range_encoder(query, key, value, tiles, lengths=lengths, scaling=options["scaling"])
     parts = []
     early = range(0, min(pattern.before, n), b)  # segments with less before them than the memory
     for blocks in [
@@ -504,6 +507,17 @@ def segment_encoder(
         tiles = part.arrange(query[:, :, slice(*part.span)]), part.gather(key), part.gather(value)
         outputs.append(part.collect(sdpa(*tiles, mask=part.mask, **options))[..., 0, :])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def segment_tiles(
+    n: int, pattern: Segments, seen: Callable[[int], tuple[int, int]] = lambda exact: (0, 0)
+) -> list[Tile]:
+    """What `segment_encoder`'s n queries see. seen(exact): begin and end of the slots, as for `range_decoder`."""
+    tiles = []
+    for low in range(0, n, pattern.block):
+        exact, high = max(low - pattern.memory, 0), min(low + pattern.block, n)
+        tiles.append(Tile(low, high, exact, high, n, 0, *seen(exact)))
+    return tiles
 
 
 def _used(key: Tensor, lengths: Tensor | None, blocks: Blocks, back: int, ahead: int) -> Tensor | None:
@@ -584,6 +598,9 @@ def band_encoder(
     options = {"scaling": scaling, "dropout": dropout}
     if everyone == n or (d == 1 and n <= window + 1):
         return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
+    if d == 1 and has_kernel(query, dropout):
+        tiles = _band_ranges(n, window, everyone)
+        return range_encoder(query, key, value, tiles, lead=everyone, lengths=lengths, scaling=scaling)
     shared = _globals(key, value, window, d, everyone, lengths)
     if d == 1:
         output = _band_tiles(query, key, value, window, lengths, shared, **options)
@@ -598,6 +615,17 @@ def band_encoder(
         first = exact_attention(query[:, :, :everyone], key, value, lengths=lengths, causal=False, **options)
         output = torch.cat([first, output[:, :, everyone:]], 2)
     return output
+
+
+def _band_ranges(n: int, window: int, everyone: int) -> list[Tile]:
+    """What `band_encoder`'s queries see: the first `everyone` as far keys, or as near ones without regard to the window."""
+    tiles = [Tile(0, everyone, 0, n, n, 0, everyone)] if everyone else []
+    for low in range(everyone, n, QUERIES):
+        high, floor = min(low + QUERIES, n), low - window
+        begin, far, kept = (floor, everyone, 0) if floor >= everyone else (0, 0, everyone)
+        tile = Tile(low, high, begin, min(high + window, n), low + window, far, everyone, floor=floor, kept=kept)
+        tiles.append(tile)
+    return tiles
 
 
 @torch.compiler.disable

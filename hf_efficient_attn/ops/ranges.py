@@ -118,6 +118,26 @@ def range_decoder(
     return range_attention(query, near, slots, pad(bias, (sinks, 0)), tiles, lead=lead, scaling=scaling)
 
 
+def range_encoder(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: list[Tile],
+    slots: tuple[Tensor, Tensor] | None = None,
+    *,
+    lead: int = 0,
+    lengths: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """
+    As `range_attention` with all tokens of a text as near keys, (B, G, N, D), and its first `lead`, then the slots (B, G, S,
+    D) as far ones.
+    """
+    slots = slots or (key[:, :, :0], value[:, :, :0])
+    bias = query.new_zeros(1, query.shape[1], lead + slots[0].shape[2])
+    return range_attention(query, (key, value), slots, bias, tiles, lead=lead, lengths=lengths, scaling=scaling)
+
+
 class _Plan(NamedTuple):
     library: Any
     tiles: Tensor

@@ -30,8 +30,17 @@ from torch.nn.functional import pad
 from ..caching import Count, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.joint import Part
-from ..ops.local import Blocks, Segments, in_ranges, local_decoder, reads_directly, remember, segment_encoder
-from ..ops.ranges import range_decoder
+from ..ops.local import (
+    Blocks,
+    Segments,
+    in_ranges,
+    local_decoder,
+    reads_directly,
+    remember,
+    segment_encoder,
+    segment_tiles,
+)
+from ..ops.ranges import has_kernel, range_decoder, range_encoder
 from ..ops.rows import shift
 from ..ops.summaries import remember_slots
 from ..registry import register_variant
@@ -115,6 +124,9 @@ class CompressiveAttention(EfficientAttention):
             if n > first:
                 complete = (x[:, :, : n // b * b].unflatten(2, (-1, b)) for x in (key, value))
                 slots = _Slots(config, *(x.flatten(2, 3) for x in self.summarise(*complete, None)), 0, 0)
+                if has_kernel(query, dropout):
+                    tiles, pair = segment_tiles(n, pattern, slots.seen_before), (slots.key, slots.value)
+                    return range_encoder(query, key, value, tiles, pair, lengths=lengths, scaling=scaling)
                 far = slots.of_segments(first, n - first, None, (first, None))
             return segment_encoder(query, key, value, pattern, lengths=lengths, far=far, **options)
         count = 0 if state is None else state.count
