@@ -7,7 +7,8 @@ Tables of README.md and docs/ are made from results files.
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`; without labels all rows are shown. KINDs:
 
 - `decoders_2048`, `decoders_8192`: results of examples/perplexity.py; `encoders_2048`, `authors_2048`: of embeddings.py;
-  `passkey`: of passkey.py; `speed`, `half`, `decoding`: of benchmarks/attention.py and decoding.py
+  `passkey`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py and decoding.py
+- `kernels`: the label is a file of results of benchmarks/attention.py, beside which `..._pytorch` has those without kernels
 - `finetune`: the label is a folder of results of examples/finetune.py
 - `choose`: the label is a file of results of examples/choose.py or choose_encoder.py
 """
@@ -154,13 +155,11 @@ def _speed(name: str, labels: list[str]) -> str:
     return _table(lines)
 
 
-def _half(name: str, labels: list[str]) -> str:
-    with_kernels, without = (_attention(f"attention_cpu_bfloat16{which}") for which in ("", "_pytorch"))
+def _kernels(name: str, labels: list[str]) -> str:
+    with_kernels, without = _attention(labels[0]), _attention(f"{labels[0]}_pytorch")
     lines = [["variant", "speed", "without kernels", "peak memory", "without kernels"]]
-    for variant in labels or dict.fromkeys(variant for variant, *_ in with_kernels):
-        both = [
-            [values[variant, "decoder", x] for values in (with_kernels, without)] for x in ("speedup", "peak_ratio")
-        ]
+    for variant, mode in dict.fromkeys((variant, mode) for variant, mode, _ in with_kernels):
+        both = [[values[variant, mode, x] for values in (with_kernels, without)] for x in ("speedup", "peak_ratio")]
         lines.append([f"`{variant}`", *(f"{x:.2f}x" for x in both[0]), *(f"{x:.2f}" for x in both[1])])
     return _table(lines)
 
@@ -196,7 +195,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "finetune": _finetune,
     "choose": _choose,
     "speed": _speed,
-    "half": _half,
+    "kernels": _kernels,
     "decoding": _decoding,
 }
 
