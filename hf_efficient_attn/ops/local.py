@@ -486,7 +486,7 @@ def segment_encoder(
     (batch, n), b = key.shape[0::2], pattern.block
     if n <= b:
         return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
-    if pattern.memory and far is None and has_kernel(query, options.get("dropout", 0.0)):
+    if pattern.memory and far is None and has_kernel(query, options["dropout"]):
         tiles = segment_tiles(n, pattern)
         return range_encoder(query, key, value, tiles, lengths=lengths, scaling=options["scaling"])
     parts = []
