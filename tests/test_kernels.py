@@ -7,6 +7,7 @@ import torch
 
 from hf_efficient_attn import (
     BigBirdConfig,
+    HedgehogConfig,
     HostShape,
     LinformerConfig,
     PerformerConfig,
@@ -179,6 +180,7 @@ def test_queries_and_values_in_different_precisions(config) -> None:
         (LinformerConfig(rank=32, max_length=128, segment_size=16), "ranges"),
         (TopkBlocksConfig(block_size=16, top_k=4), "blocks"),
         (PerformerConfig(num_features=32), "exponentials"),
+        (HedgehogConfig(window=20), "hybrid"),
     ],
 )
 def test_half_precision_is_widened(monkeypatch, config, name, dtype) -> None:

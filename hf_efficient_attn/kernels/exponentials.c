@@ -13,15 +13,9 @@
  * tokens side by side, T columns of which `wide` are used.
  */
 
-#include "arithmetic.h"
-
-void *malloc(unsigned long);
-void free(void *);
-
-enum { FEATURES = 512, SPAN = 256 }; /* most of m; tokens for which the sums are kept once */
+#include "scan.h"
 
 #define REACH 50.0f
-#define FLOOR 1e-30f
 
 typedef struct {
     long m, dim;
@@ -30,18 +24,9 @@ typedef struct {
     int begun;
 } Scan;
 
-static void copy(float *to, const float *from, long n) {
-    for (long i = 0; i < n; i++) to[i] = from[i];
-}
-
 static float bounded(float x) { return x > -1e30f ? x : 0; }
 
 static float power(float x) { return exponential((vec){0} + x)[0]; }
-
-/* What lanes n.. of a row of vectors hold becomes `value`. */
-static void fill(float *row, long n, float value) {
-    for (long i = n; i < T; i++) row[i] = value;
-}
 
 /* phi(k) (m, T) of n tokens, zero beyond them, and kt (dim, T); 0 where the piece is to be halved first. */
 static int key_features(Scan *c, const float *k, long sk, long n, float *kt, float *phi) {
@@ -110,39 +95,6 @@ static void query_features(const Scan *c, const float *q, long sq, long n, float
             vec *at = (vec *)(phi + f * T + i * W);
             *at = exponential(*at - most[i]);
         }
-}
-
-/* a (keys, T) = x y for keys (n, depth) at x[j xr + p xk] and queries y (depth, T); zero where a key comes later. */
-static void past(long n, long depth, const float *x, long xr, long xk, const float *y, float *a) {
-    long wide = (n + W - 1) / W * W;
-    for (long j = 0; j < wide; j += W) {
-        long rows = n - j < W ? n - j : W;
-        product(rows, wide - j, depth, x + j * xr, xr, xk, y + j, T, a + j * T + j, T, 0);
-    }
-}
-
-static void hide(long n, float *a) {
-    long wide = (n + W - 1) / W * W;
-    for (long j = 0; j < n; j++)
-        for (long i = 0; i < j; i++) a[j * T + i] = 0;
-    for (long j = 0; j < n; j++)
-        for (long i = n; i < wide; i++) a[j * T + i] = 0;
-}
-
-/* c (m, T) += x (m, n) a, for a of the form that `past` gives: later halves of keys meet later halves of queries alone. */
-static void add_past(long m, long n, const float *x, long xr, long xk, const float *a, float *c) {
-    long wide = (n + W - 1) / W * W, first = n < T / 2 ? n : T / 2;
-    product(m, wide, first, x, xr, xk, a, T, c, T, 1);
-    if (n > first)
-        product(m, wide - first, n - first, x + first * xk, xr, xk, a + first * T + first, T, c + first, T, 1);
-}
-
-/* The same for the transpose of such an a. */
-static void add_later(long m, long n, const float *x, long xr, long xk, const float *a, float *c) {
-    long wide = (n + W - 1) / W * W, first = n < T / 2 ? wide : T / 2;
-    product(m, first, n, x, xr, xk, a, T, c, T, 1);
-    if (wide > first)
-        product(m, wide - first, n - first, x + first * xk, xr, xk, a + first * T + first, T, c + first, T, 1);
 }
 
 /*
@@ -238,19 +190,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
             product(dim, wide, m, later, 1, dim, phi_k, T, of_v, T, 0);
             for (long h = 0; h < heads; h++) {
                 float slope[T];
-                for (long i = 0; i < size; i++) {
-                    long row = h * n + begin + i;
-                    const float *from = g + h * hg + (begin + i) * sg;
-                    float inverse = 1 / normaliser[row];
-                    vec sum = {0};
-                    for (long p = 0; p < dim; p += W) {
-                        vec x = *(const vec *)(from + p) * inverse;
-                        sum += x * *(const vec *)(out + row * dim + p);
-                        *(vec *)(gs + i * dim + p) = x;
-                    }
-                    slope[i] = normaliser[row] > FLOOR ? -total_of(sum) : 0;
-                }
-                fill(slope, size, 0);
+                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + (h * n + begin) * dim, normaliser + h * n + begin, gs, slope);
                 gather(gs, dim, size, dim, 1.0f, gt, T);
                 query_features(&now, q + h * hq + begin * sq, sq, size, qt, phi_q);
                 past(size, m, phi_k, 1, T, phi_q, a);

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..caching import AttentionState, Count, take
+from ..caching import Count, take
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, Sums, attend_linearly, read_past
+from ..ops.chunked_scan import Features, Sums, attend_linearly, read_past, stored_sums
 from ..ops.hybrid import Window, window_and_sums
-from ..ops.local import Band, remember
+from ..ops.hybrid_decoder import has_kernel, hybrid_decoder
+from ..ops.local import Band, Context, remember
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 from .sliding_window import SlidingWindowConfig
@@ -88,25 +89,31 @@ class HedgehogAttention(EfficientAttention):
         features = Features(_query_features, _key_features, 2 * self.host.head_dim, maps)
         if self.config.window == 0:
             return attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
-        read = self._decode if causal else self._encode
-        window, keys, sinks, far = read(query, key, value, features, lengths, state)
-        gate = self.gate.to(accurate).sigmoid()
-        return window_and_sums(query, *keys, window, gate, far, sinks=sinks, scaling=scaling)
+        gate, w = self.gate.to(accurate).sigmoid(), self.config.window
+        if not causal:
+            return self._encode(query, key, value, features, gate, lengths, scaling)
+        context = remember(state, key, value, Band(w + 1), num_sinks=self.config.num_sinks, lengths=lengths)
+        before = None if state is None else stored_sums(state)
+        if has_kernel(query, state):
+            options = {"lengths": lengths, "before": before, "scaling": scaling}
+            output, after = hybrid_decoder(query, context, w, maps, gate, **options)
+        else:
+            output, after = self._decode(query, context, features, gate, lengths, before, scaling)
+        if state is not None:
+            state.entries.update(total=after.total, top=after.top)
+        return output
 
-    def _decode(self, query, key, value, features, lengths, state: AttentionState | None):
-        w, sinks, n = self.config.window, self.config.num_sinks, query.shape[2]
-        context = remember(state, key, value, Band(w + 1), num_sinks=sinks, lengths=lengths)
+    def _decode(self, query, context: Context, features, gate, lengths, before: Sums | None, scaling):
+        w, n = self.config.window, query.shape[2]
         key, value = (_last(x, context.new, w, n) for x in (context.key, context.value))
         first = context.first + context.new - w  # slot i holds what leaves the window of query i
-        stored = {} if state is None else state.entries
-        before = Sums(stored["total"], stored["top"]) if "total" in stored else None
-        far, after = _read_far(query, key[:, :, :n], value[:, :, :n], features, first, sinks, lengths, before)
-        stored.update(total=after.total, top=after.top)
-        sinks = context.sink_key, context.sink_value
+        now = key[:, :, :n], value[:, :, :n]
+        far, after = _read_far(query, *now, features, first, self.config.num_sinks, lengths, before)
+        sinks, keys = (context.sink_key, context.sink_value), (key[:, :, 1:], value[:, :, 1:])
         window = Window(w - 1, 0, first + 1, first + w + n, sinks[0].shape[2])
-        return window, (key[:, :, 1:], value[:, :, 1:]), sinks, far
+        return window_and_sums(query, *keys, window, gate, far, sinks=sinks, scaling=scaling), after
 
-    def _encode(self, query, key, value, features, lengths, state):
+    def _encode(self, query, key, value, features, gate, lengths, scaling):
         w, n = self.config.window, query.shape[2]
 
         def before(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -122,9 +129,9 @@ class HedgehogAttention(EfficientAttention):
             return take(x, (lengths[:, None] - 1 - torch.arange(n, device=x.device)).clamp_min(0))
 
         far = before(query, key, value) + reverse(before(reverse(query), reverse(key), reverse(value)))
-        keys = tuple(pad(x, (0, 0, w, w)) for x in (key, value))
-        none = key[:, :, :0], value[:, :, :0]
-        return Window(w, w, -w, n if lengths is None else lengths), keys, none, far
+        keys, none = tuple(pad(x, (0, 0, w, w)) for x in (key, value)), (key[:, :, :0], value[:, :, :0])
+        window = Window(w, w, -w, n if lengths is None else lengths)
+        return window_and_sums(query, *keys, window, gate, far, sinks=none, scaling=scaling)
 
 
 def _last(x: Tensor, new: Count, w: int, n: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""A window joined with learned features by the compiled kernel: as near to double precision as PyTorch's operators are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_efficient_attn import HedgehogConfig, HostShape, kernels
+from hf_efficient_attn.registry import build
+
+pytestmark = pytest.mark.skipif(kernels.load("hybrid") is None, reason="no C compiler here")
+
+HEADS, SCALING = 4, 0.2
+
+
+def layer(kv_heads: int, window: int, dim: int = 32, dtype=torch.float32):
+    """Maps and gates are not what they begin as."""
+    module = build(HedgehogConfig(window=window, num_sinks=3), HostShape(HEADS, kv_heads, dim, HEADS * dim, True))
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.3)
+    return module.to(dtype)
+
+
+def inputs(length: int, kv_heads: int, dim: int = 32, scale: float = 1.0, dtype=torch.float32) -> list[Tensor]:
+    """Heads lie side by side in memory."""
+    g = torch.Generator().manual_seed(0)
+    args = [torch.randn(3, length, heads, dim, generator=g).transpose(1, 2) for heads in (HEADS, kv_heads, kv_heads)]
+    return [x.mul(scale).to(dtype).requires_grad_() for x in args]
+
+
+def results(length: int, kv_heads: int, window: int, dim: int = 32, scale: float = 1.0, dtype=torch.float32):
+    """Output and gradients, of a batch with padding, that of parameters included."""
+    module, args = layer(kv_heads, window, dim, dtype), inputs(length, kv_heads, dim, scale, dtype)
+    padding = torch.arange(length) >= torch.tensor([0, length // 3, length - 1])[:, None]
+    output = module(*args, padding=padding, scaling=SCALING, causal=True)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wanted = [*args, *module.parameters()]
+    grads = torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)
+    return [output.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True))]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    names, call = [], kernels.call
+    monkeypatch.setattr(
+        kernels, "call", lambda function, *args: names.append(function.__name__) or call(function, *args)
+    )
+    return names
+
+
+def assert_as_exact(calls: list[str], *shape) -> None:
+    ours = results(*shape)
+    assert set(calls) == {"hybrid_forward", "hybrid_backward"}
+    calls.clear()
+    with kernels.off():
+        theirs, exact = results(*shape), results(*shape, dtype=torch.float64)
+    assert not calls
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        bound = 3 * (other - want).abs().max() + 2e-6 * want.abs().max() + 1e-6
+        assert (got - want).abs().max() <= bound
+        assert bound < 1e-3 * want.abs().max() or want.abs().max() < 1e-12  # the gate's, where nothing is far
+
+
+@pytest.mark.parametrize(("kv_heads", "dim"), [(4, 16), (2, 64), (1, 80)])
+@pytest.mark.parametrize("window", [1, 20, 64, 300])
+@pytest.mark.parametrize("length", [2, 65, 333])
+def test_the_kernel_is_the_scan_and_the_window(calls, length, window, kv_heads, dim) -> None:
+    assert_as_exact(calls, length, kv_heads, window, dim)
+
+
+@pytest.mark.parametrize("window", [20, 64])
+def test_large_logits_do_not_overflow(calls, window) -> None:
+    assert_as_exact(calls, 200, 2, window, 64, 12.0)
+
+
+@pytest.mark.parametrize("splits", [(333,), (70, 263), (1, 64, 200, 68)])
+@torch.no_grad()
+def test_calls_of_any_length(calls, splits) -> None:
+    """Rows that stand at different positions, and single tokens, which PyTorch's operators serve."""
+    module, args = layer(2, 40), inputs(333, 2)
+    padding = torch.arange(333) >= torch.tensor([0, 40, 100])[:, None]
+    with kernels.off():
+        want = module(*args, padding=padding, scaling=SCALING, causal=True)
+    state, outputs, done = module.make_state(), [], 0
+    for n in splits:
+        part = [x[:, :, done : done + n] for x in args]
+        own = padding[:, done : done + n]
+        done += n
+        state.update(*part[1:])
+        outputs.append(module(*part, padding=own, state=state, scaling=SCALING, causal=True))
+    assert calls.count("hybrid_forward") == 6 * len([n for n in splits if n > 1])
+    torch.testing.assert_close(torch.cat(outputs, 2), want, atol=1e-5, rtol=1e-4)
+    for off in (True, False):  # what the kernel left serves PyTorch's operators, and the other way round
+        part = [x[:, :, :5] for x in args]
+        state.update(*part[1:])
+        if off:
+            with kernels.off():
+                module(*part, state=state, scaling=SCALING, causal=True)
+            continue
+        after = module(*part, state=state, scaling=SCALING, causal=True)
+    with kernels.off():
+        longer = [torch.cat([x, x[:, :, :5], x[:, :, :5]], 2) for x in args]
+        real = torch.cat([padding, torch.ones(3, 10) > 0], 1)
+        whole = module(*longer, padding=real, scaling=SCALING, causal=True)
+    torch.testing.assert_close(after, whole[:, :, 338:], atol=1e-5, rtol=1e-4)
+
+
+def test_what_needs_a_gradient_through_the_state_is_left_to_the_scan(calls) -> None:
+    module, args = layer(2, 8), inputs(40, 2)
+    state = module.make_state()
+    for begin in (0, 20):
+        part = [x[:, :, begin : begin + 20] for x in args]
+        state.update(*part[1:])
+        output = module(*part, state=state, scaling=SCALING, causal=True)
+    (grad,) = torch.autograd.grad(output.sum(), args[2])
+    assert not calls
+    assert grad[:, :, :10].abs().max() > 1e-3
