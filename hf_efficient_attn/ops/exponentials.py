@@ -26,9 +26,13 @@ MOST_FEATURES = 512
 
 
 def has_kernel(query: Tensor, maps: Tensor, state: AttentionState | None) -> bool:
-    """Whether `exponential_attention` can be called; sums that go from call to call get no gradient from it."""
+    """
+    Whether `exponential_attention` can be called. Sums that go from call to call get no gradient from it, and a single query is
+    not worth a call for every head.
+    """
     alone = state is None or not torch.is_grad_enabled()
-    return alone and maps.shape[1] <= MOST_FEATURES and kernels.serving("exponentials", query) is not None
+    fits = query.shape[2] > 1 and maps.shape[1] <= MOST_FEATURES
+    return alone and fits and kernels.serving("exponentials", query) is not None
 
 
 @torch.compiler.disable
