@@ -27,8 +27,8 @@ class AuxiliaryLearner(nn.Module):
             self._observed = {name: x.detach() for name, x in sums.items()}
 
     def add_loss(self, loss: Tensor) -> None:
-        """A scalar to add to the model's loss; ignored in eval."""
-        if self.training:
+        """A scalar to add to the model's loss; ignored in eval, and where no gradient comes of it."""
+        if self.training and loss.requires_grad:
             self._loss = loss if self._loss is None else self._loss + loss
 
     def update_statistics(self, **sums: Tensor) -> None:

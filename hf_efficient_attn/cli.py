@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -68,7 +68,11 @@ def measure(
     Time and peak memory of reading a text with each variant, as a share of dense attention's (PyTorch's SDPA) in the same
     run, and the length from which on it is faster: what to give as `dense_below`.
     """
-    net = _load(model, masked_lm, max(lengths))
+    if min(lengths) < 1:
+        _exit(f"--lengths {min(lengths)}: a text has at least one token.")
+    for name in variants:
+        _or_exit(lambda name=name: get_info(name))
+    net = _or_exit(lambda: _load(model, masked_lm, max(lengths)))
     table = Table("variant", *(f"{n:,} tokens: time, memory" for n in sorted(lengths)), "faster from")
     for name in variants:
         twin = copy.deepcopy(net, {id(weight): weight for weight in net.parameters()})  # the same weights beside it
@@ -110,10 +114,12 @@ def select(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the mapping")] = None,
 ) -> None:
     """Find the mapping of layers to variants that meets a budget on your text, for `patch_model(model, mapping)`."""
-    net = _load(model, masked_lm, length)
-    batches = _or_exit(lambda: _stretches(model, net, text, length, texts, masked_lm))
-    choices = [json.loads(choice) if choice.startswith("{") else choice for choice in candidates]
+    if output is not None and not output.parent.is_dir():
+        _exit(f"--output {output}: there is no folder {output.parent}; make it first.")
+    choices = _or_exit(lambda: _candidates(candidates))
     budget = _or_exit(lambda: Budget(max_loss=max_loss, max_cost=max_cost, cost=cost))
+    net = _or_exit(lambda: _load(model, masked_lm, length))
+    batches = _or_exit(lambda: _stretches(model, net, text, length, texts, masked_lm))
     found = _or_exit(lambda: select_variants(net, batches, candidates=choices, budget=budget, per_head=per_head))
     _show(found)
     if output is not None:
@@ -177,13 +183,32 @@ def _stretches(model: str, net, text: Path, length: int, count: int, masked_lm: 
     return batches
 
 
+def _candidates(texts: list[str]) -> list[Any]:
+    """Variants' names and configs; a config goes by the JSON that says it where there are several of its variant."""
+    choices = []
+    for text in texts:
+        try:
+            choices.append(json.loads(text) if text.startswith("{") else text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--candidates {text}: not JSON ({error}).") from error
+    names = [choice.get("variant") if isinstance(choice, dict) else choice for choice in choices]
+    return [
+        (text, choice) if isinstance(choice, dict) and names.count(name) > 1 else choice
+        for text, choice, name in zip(texts, choices, names, strict=True)
+    ]
+
+
 def _or_exit(function: Any) -> Any:
-    """The function's result; its ValueError becomes a sentence and an exit code."""
+    """The function's result; its ValueError, or a file that is missing, becomes a sentence and an exit code."""
     try:
         return function()
-    except ValueError as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
-        raise typer.Exit(2) from error
+    except (ValueError, OSError) as error:
+        _exit(str(error), error)
+
+
+def _exit(sentence: str, error: Exception | None = None) -> NoReturn:
+    console.print(f"[red]{sentence}[/red]", highlight=False)
+    raise typer.Exit(2) from error
 
 
 def main() -> None:

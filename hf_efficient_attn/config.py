@@ -106,6 +106,11 @@ class EfficientAttentionConfig(VariantConfig):
         """The control of a hybrid: the config of its exact window alone, or None where it has none in this direction."""
         return None
 
+    @property
+    def alternates(self) -> bool:
+        """Whether every other patched layer computes something else."""
+        return False
+
 
 def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:

@@ -247,18 +247,22 @@ def cache_bytes(past_key_values: Any) -> int:
 
 
 @torch.no_grad()
-def state_bytes(variant: EfficientAttention, length: int) -> int:
+def state_bytes(variant: EfficientAttention, length: int, like: torch.Tensor | None = None) -> int:
     """
     Bytes that a decoder variant's state holds for one text of `length` tokens: the most after the last token or the one
-    before it, since what keeps segments whole holds least where one has just ended.
+    before it, since what keeps segments whole holds least where one has just ended. The text has the dtype and device of
+    `like`; by default of the variant's parameters, or float32.
     """
-    shape, like, found = variant.host, next(variant.parameters(), torch.empty(0)), []
+    shape, found = variant.host, []
+    like = next(variant.parameters(), torch.empty(0)) if like is None else like
+    generator = torch.Generator(like.device).manual_seed(0)
+    placed = {"dtype": like.dtype, "device": like.device, "generator": generator}
     for n in {max(length - 1, 1), length}:
         query, key, value = (
-            torch.randn(1, heads, n, shape.head_dim, dtype=like.dtype, device=like.device)
+            torch.randn(1, heads, n, shape.head_dim, **placed)
             for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
         )
-        hidden = torch.randn(1, n, shape.hidden_size, dtype=like.dtype, device=like.device)
+        hidden = torch.randn(1, n, shape.hidden_size, **placed)
         state, extra = variant.make_state(), {"hidden": hidden} if variant.needs_hidden else {}
         state.update(key, value)
         variant(query, key, value, scaling=shape.head_dim**-0.5, causal=True, state=state, **extra)

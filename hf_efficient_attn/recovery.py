@@ -34,7 +34,7 @@ from .hosts import base_model, find_hosts
 from .losses import positions_at_once
 from .ops.exact import exact_attention
 from .ops.rows import Rows
-from .swapping import Layers, parse_layers
+from .swapping import Layers, is_patched, parse_layers
 from .variant import EfficientAttention
 
 
@@ -51,13 +51,18 @@ class LayerError:
 class _Watch:
     """
     A forward hook of one variant, which hands on the dense output in its place. Where it `learns` it keeps the variant's
-    squared distance from dense and dense's square, summed over real tokens.
+    squared distance from dense and dense's square, summed over real tokens, and over the layers that share the variant.
     """
 
     def __init__(self, learns: bool) -> None:
         self.learns = learns
+        self.begin()
+
+    def begin(self) -> None:
+        """A forward of the model begins."""
         self.distance: Tensor | None = None
         self.square: Tensor | None = None
+        self.graded = True
 
     def __call__(self, variant: EfficientAttention, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if kwargs.get("state") is not None:
@@ -72,8 +77,11 @@ class _Watch:
         dense = dense if rows is None else rows.restore(dense)
         if self.learns:
             exact = dense.detach().float()
-            self.distance = (output.float() - exact).square().sum()  # padded queries are zeros in both
-            self.square = exact.square().sum()
+            distance, square = (output.float() - exact).square().sum(), exact.square().sum()  # zeros at padding in both
+            if torch._C._current_graph_task_id() == -1:  # not a recomputation in the backward pass
+                self.distance = distance if self.distance is None else self.distance + distance
+                self.square = square if self.square is None else self.square + square
+                self.graded &= torch.is_grad_enabled()
         return dense
 
     def error(self) -> Tensor:
@@ -107,6 +115,10 @@ class Transfer:
             raise ValueError("these variants bring no parameters to train; fine-tune the model's own weights.")
         return [{"params": [p], "lr": lr * _size(p)} for p in self.parameters]
 
+    def _check_called(self) -> None:
+        if any(watch.distance is None for watch in self._watches):
+            raise RuntimeError("there is nothing to compare yet: call the model first.")
+
     @torch.no_grad()
     def undo(self, layers: Layers) -> None:
         """
@@ -124,15 +136,45 @@ class Transfer:
                 variant.load_state_dict(start)
 
     def loss(self) -> Tensor:
-        if any(watch.distance is None for watch in self._watches):
-            raise RuntimeError("there is nothing to compare yet: call the model first.")
-        return torch.stack([watch.error() for watch in self._watches]).mean()
+        """
+        Where no parameter took part, as those of summaries in a text that none is made of, its gradients are zeros.
+
+        Raises:
+            RuntimeError: the model was not called yet, or without gradients.
+        """
+        self._check_called()
+        loss = torch.stack([watch.error() for watch in self._watches]).mean()
+        if loss.requires_grad or not self.parameters or not torch.is_grad_enabled():
+            return loss
+        if not all(watch.graded for watch in self._watches):
+            raise RuntimeError(
+                "the model was called without gradients: leave out torch.no_grad(), and use gradient checkpointing with "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        return loss + 0 * sum(parameter.sum() for parameter in self.parameters)
 
     def errors(self) -> list[LayerError]:
+        """
+        Raises:
+            RuntimeError: the model was not called yet.
+        """
+        self._check_called()
         return [
             LayerError(number, name, variant.config.name, float(watch.error().detach()))
             for (number, name, variant), watch in zip(self._layers, self._watches, strict=True)
         ]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in eval mode; afterwards each module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _size(parameter: Tensor) -> float:
@@ -147,12 +189,16 @@ def patched_layers(model: nn.Module, layers: Layers = None) -> list[tuple[int, s
     Raises:
         ValueError: none of them is patched.
     """
-    hosts = find_hosts(base_model(model))
-    chosen = [hosts[number] for number in parse_layers(layers, len(hosts))]
-    found = [(h.shape.layer, h.name, getattr(h.module, CHILD)) for h in chosen if hasattr(h.module, CHILD)]
+    found = _patched_layers(model, layers)
     if not found:
         raise ValueError(f"no attention layer of this {type(model).__name__} is patched; call patch_model first.")
     return found
+
+
+def _patched_layers(model: nn.Module, layers: Layers = None) -> list[tuple[int, str, EfficientAttention]]:
+    hosts = find_hosts(base_model(model))
+    chosen = [hosts[number] for number in parse_layers(layers, len(hosts))]
+    return [(h.shape.layer, h.name, getattr(h.module, CHILD)) for h in chosen if hasattr(h.module, CHILD)]
 
 
 @contextmanager
@@ -183,7 +229,15 @@ def attention_transfer(model: nn.Module, layers: Layers = None) -> Iterator[Tran
 
 @contextmanager
 def dense_attention(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block every patched layer gives dense attention's output: the teacher, made of the student's weights."""
+    """
+    Inside the block every patched layer gives dense attention's output: the teacher, made of the student's weights. What was
+    patched beside attention, such as `moe`, stays as it is.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not is_patched(base_model(model)):
+        patched_layers(model)  # which says so
     with _hooked(model, {}):
         yield model
 
@@ -191,21 +245,34 @@ def dense_attention(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _hooked(model: nn.Module, watches: Mapping[int, _Watch]) -> Iterator[None]:
     """The given watches on their variants, and one that only hands on dense output on all others; no cache by default."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    configs = {id(part.config): part.config for part in parts}
     caching = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
     handles = []
     try:
         for config, _ in caching:
             config.use_cache = False
-        for _, _, variant in patched_layers(model):
+        for _, _, variant in _patched_layers(model):
             watch = watches.get(id(variant)) or _Watch(learns=False)
             handles.append(variant.register_forward_hook(watch, with_kwargs=True))
+        handles += [part.register_forward_pre_hook(_Beginning(part, watches)) for part in parts if watches]
         yield
     finally:
         for handle in handles:
             handle.remove()
         for config, wanted in caching:
             config.use_cache = wanted
+
+
+class _Beginning:
+    """A forward pre-hook: the watches of what lies in a part of the model begin anew when it is called."""
+
+    def __init__(self, part: nn.Module, watches: Mapping[int, _Watch]) -> None:
+        self.watches = [watches[id(module)] for module in part.modules() if id(module) in watches]
+
+    def __call__(self, part: nn.Module, args: tuple) -> None:
+        for watch in self.watches:
+            watch.begin()
 
 
 @torch.no_grad()
@@ -217,26 +284,21 @@ def attention_errors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
     Raises:
         ValueError: the model is not patched, or there is no batch.
     """
-    training = model.training
-    model.eval()
     sums: list[list[Tensor]] = []
-    try:
-        with attention_transfer(model) as transfer:
-            for batch in batches:
-                model(**batch)
-                new = [[w.distance, w.square] for w in transfer._watches]
-                sums = (
-                    new
-                    if not sums
-                    else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, new, strict=True)]
-                )
-            if not sums:
-                raise ValueError("no batch was given to measure the attention's error on.")
-            for watch, (distance, square) in zip(transfer._watches, sums, strict=True):
-                watch.distance, watch.square = distance, square
-            return transfer.errors()
-    finally:
-        model.train(training)
+    with evaluating(model), attention_transfer(model) as transfer:
+        for batch in batches:
+            model(**batch)
+            new = [[w.distance, w.square] for w in transfer._watches]
+            sums = (
+                new
+                if not sums
+                else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, new, strict=True)]
+            )
+        if not sums:
+            raise ValueError("no batch was given to measure the attention's error on.")
+        for watch, (distance, square) in zip(transfer._watches, sums, strict=True):
+            watch.distance, watch.square = distance, square
+        return transfer.errors()
 
 
 def distillation_losses(

@@ -35,7 +35,7 @@ from .hosts import base_model, find_hosts
 from .losses import causal_lm_losses, has_plain_head
 from .ops.exact import exact_attention
 from .patching import STRATEGIES, as_key, patched
-from .recovery import patched_layers
+from .recovery import evaluating, patched_layers
 from .registry import available_variants, build, get_info
 from .swapping import Layers, make_config, parse_layers, plan
 from .variant import EfficientAttention, HostShape
@@ -71,6 +71,21 @@ class Budget:
         given = self.max_loss if self.max_cost is None else self.max_cost
         if not given > 0:
             raise ValueError(f"Budget: {given!r} is not above 0.")
+
+    @classmethod
+    def of(cls, budget: Budget | Mapping[str, Any] | None) -> Budget:
+        """
+        The budget, or what its fields as a dict make.
+
+        Raises:
+            ValueError: something else.
+        """
+        if isinstance(budget, Budget):
+            return budget
+        try:
+            return cls(**budget)
+        except TypeError as error:
+            raise ValueError(f"budget = {budget!r}: give max_loss or max_cost, and cost.") from error
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -148,7 +163,7 @@ def select_variants(
     data: Iterable[Mapping[str, Tensor]],
     *,
     candidates: Sequence[Any],
-    budget: Budget,
+    budget: Budget | Mapping[str, Any],
     loss: Loss = default_loss,
     loss_of: str | None = None,
     runs: int = 6,
@@ -169,6 +184,7 @@ def select_variants(
         ValueError: no data or no candidate, a loss that is not finite, a candidate that cannot serve the model, decoder
             state as the cost of an encoder, or a budget that nothing meets, with the nearest that exists.
     """
+    budget = Budget.of(budget)
     batches = [] if isinstance(data, Mapping) else list(data)
     if not batches:
         raise ValueError("select_variants needs text: `data` must be a list of batches, and has none.")
@@ -186,9 +202,8 @@ def select_variants(
         raise ValueError(
             f"{type(base).__name__} keeps no decoder state that could be a cost; leave it out of the budget."
         )
-    training = model.training
-    model.eval()
-    try:
+    device = next(model.parameters()).device
+    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         dense_loss, length, scores = _calibrate(model, batches, table, loss, loss_of, per_head, layers)
         if not math.isfinite(dense_loss):
             raise ValueError(
@@ -210,16 +225,14 @@ def select_variants(
 
         uniform = [run(_point([label] * len(places), rises, dearest)) for label in table]
         chosen, curve = _search(curve, uniform, budget, run, runs)
-    finally:
-        model.train(training)
     return Selection(_mapping(chosen.labels, numbers, table), chosen, curve, uniform, scores, costs, budget, dense_loss)
 
 
 def choose(
     model: nn.Module,
     *,
-    data: Any,
-    budget: Budget | Mapping[str, Any],
+    data: Any = None,
+    budget: Budget | Mapping[str, Any] | None = None,
     candidates: Any = None,
     per_head: bool = False,
     layers: Layers = None,
@@ -228,11 +241,8 @@ def choose(
     The mapping behind `patch_model(model, "auto", data=..., budget=...)`. Without `candidates`: every attention variant that
     brings no parameters, and so needs no training, with its own defaults.
     """
-    if not isinstance(budget, Budget):
-        try:
-            budget = Budget(**budget)
-        except TypeError as error:
-            raise ValueError(f"budget = {budget!r}: give max_loss or max_cost, and cost.") from error
+    if data is None or budget is None:
+        raise ValueError('"auto" chooses by your text and budget: give data=, a list of batches, and budget=.')
     if candidates is None:
         shape = find_hosts(base_model(model))[0].shape
         shape = _one_head(shape) if per_head else shape
@@ -380,13 +390,14 @@ def _costs(kind: str, table, shapes: Sequence[HostShape], length: int, like: Ten
     Each candidate's cost as a share of exact attention's, for one text of `length` tokens of the dtype and device of `like`;
     the mean over the layers. Dense is 1.
     """
-    alike = [replace(shape, layer=0, patched_index=0) for shape in shapes]
+    alike = [replace(shape, layer=0, patched_index=number % 2) for number, shape in enumerate(shapes)]
     if kind == "state":  # which encoder layers do not keep
         alike = [shape for shape in alike if shape.causal]
     costs = dict.fromkeys((DENSE, *table), 1.0)
     for label, config in table.items() if alike else ():
-        found = {shape: _cost(kind, config, shape, length, like) for shape in dict.fromkeys(alike)}
-        costs[label] = sum(found[shape] for shape in alike) / len(alike)
+        own = alike if config.alternates else [replace(shape, patched_index=0) for shape in alike]
+        found = {shape: _cost(kind, config, shape, length, like) for shape in dict.fromkeys(own)}
+        costs[label] = sum(found[shape] for shape in own) / len(own)
     return costs
 
 
@@ -412,7 +423,7 @@ def _cost(kind: str, config, shape: HostShape, length: int, like: Tensor) -> flo
         return measuring.peak_memory(ours, like.device) / measuring.peak_memory(dense, like.device)
     if kind == "flops":
         return measuring.count_flops(ours) / measuring.count_flops(dense)
-    return measuring.state_bytes(module, length) / (key.nbytes + value.nbytes)
+    return measuring.state_bytes(module, length, like) / (key.nbytes + value.nbytes)
 
 
 def _point(labels: Sequence[str], rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> Point:
@@ -431,7 +442,7 @@ def _curve(rises: Sequence[Mapping[str, float]], costs: Mapping[str, float]) -> 
         options = [(costs[label], rise, label) for label, rise in there.items() if math.isfinite(rise)]
         options.append((costs[DENSE], 0.0, DENSE))
         hull: list[tuple[float, float, str]] = []
-        for cost, rise, label in sorted(options):
+        for cost, rise, label in sorted(options, key=lambda x: (*x[:2], x[2] != DENSE)):  # dense where nothing is saved
             if hull and rise >= hull[-1][1]:
                 continue
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], (cost, rise, label)):

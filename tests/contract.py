@@ -129,7 +129,11 @@ def check_head_layouts(subject: Subject) -> None:
                 continue
             raise
         args = inputs(2, 21, kv_heads=kv_heads)
-        close(run(module, *args), expected(subject, module, *args), 1e-9, f"{kv_heads} key/value heads")
+        want = expected(subject, module, *args)
+        close(run(module, *args), want, 1e-9, f"{kv_heads} key/value heads")
+        turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in args[:3]]
+        close(run(module, *turned, *args[3:]), want, 1e-9, "tokens side by side in memory")
+        assert run(module, *(x[:0] for x in args)).shape == args[0][:0].shape
 
 
 def check_gradients_are_the_formula_s(subject: Subject) -> None:

@@ -112,6 +112,7 @@ def test_nothing_moves_in_eval_or_without_backward(counting) -> None:
     model.train()
     with torch.no_grad():
         model(**inputs, use_cache=False)
+    assert auxiliary_loss(model) is None
     assert [float(layer.seen) for layer in layers] == [0, 0]
 
 

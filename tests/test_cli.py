@@ -62,3 +62,36 @@ def test_select_writes_a_mapping_that_patches(folder, tmp_path) -> None:
     assert code == 2 and "the cheapest mapping" in words
     code, words = call("select", folder, folder / "text.txt", *asked[:2], "--length", 480, "--max-loss", 0.1)
     assert code == 2 and "fewer than the 480 asked for" in words
+
+
+def test_one_variant_in_two_sizes(folder) -> None:
+    sizes = [json.dumps({"variant": "sliding_window", "window": w}) for w in (2, 8)]
+    asked = ["--length", 48, "--texts", 1, "--cost", "state", "--max-loss", 9]
+    code, words = call("select", folder, folder / "text.txt", *(x for s in sizes for x in ("--candidates", s)), *asked)
+    assert code == 0, words
+    assert all(f"{size} in all" in words for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--candidates": '{"variant": '}, "not JSON"),
+        ({"--output": "nowhere/mapping.json"}, "there is no folder nowhere"),
+        ({"--max-loss": None}, "either max_loss"),
+        ({"--length": 4000}, "fewer than the 4,000 asked for"),
+        ({"MODEL": "./a/nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_to_select_is_a_sentence(folder, change, words) -> None:
+    asked = {"--candidates": "block", "--length": 48, "--max-loss": 0.1} | change
+    model = asked.pop("MODEL", folder)
+    code, said = call("select", model, folder / "text.txt", *(x for k, v in asked.items() if v for x in (k, v)))
+    assert code == 2 and words in said, said
+
+
+@pytest.mark.parametrize(
+    ("variant", "length", "words"), [("auto", 32, "unknown variant 'auto'"), ("block", 0, "at least one token")]
+)
+def test_bad_input_to_measure_is_a_sentence(folder, variant, length, words) -> None:
+    code, said = call("measure", folder, "--variants", variant, "--lengths", length)
+    assert code == 2 and words in said, said

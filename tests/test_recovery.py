@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AlbertConfig, AlbertForMaskedLM
 from zoo import ZOO
 
 from hf_efficient_attn import patch_model, unpatch_model
@@ -151,3 +152,58 @@ def test_distillation_is_kl_and_reaches_the_student_only() -> None:
     got.sum().backward()
     assert own.grad.abs().max() > 0
     torch.testing.assert_close(distillation_losses(other, other, head), torch.zeros(11), atol=1e-6, rtol=0)
+
+
+def test_layers_that_share_a_module_count_all() -> None:
+    """ALBERT calls one layer four times; the error is that of all its calls, whatever was run before."""
+    tiny = ZOO["bert"]
+    sizes = {"vocab_size": 100, "embedding_size": 32, "hidden_size": 32, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = AlbertForMaskedLM(AlbertConfig(num_hidden_layers=4, num_attention_heads=4, initializer_range=0.2, **sizes))
+    patch_model(model.eval(), "linformer", rank=4, max_length=24)
+    seen = []
+
+    def watch(module, args, output) -> None:
+        exact = torch.nn.functional.scaled_dot_product_attention(*args)
+        seen.append(((output - exact).square().sum(), exact.square().sum()))
+
+    ((_, _, variant),) = patched_layers(model)
+    variant.register_forward_hook(watch)  # before the transfer's
+    with attention_transfer(model) as transfer:
+        for _ in range(2):
+            model(input_ids=tiny.inputs(2, 24)["input_ids"])
+        transfer.loss().backward()
+        errors = [row.error for row in transfer.errors()]
+    assert len(seen) == 8
+    distance, square = (sum(x[i] for x in seen[4:]) for i in (0, 1))
+    assert errors == [pytest.approx(float(distance / square), rel=1e-4)]
+
+
+def test_a_text_of_which_no_summary_is_made_teaches_nothing() -> None:
+    model, tiny = build(variant="linformer", segment_size=64, rank=8, max_length=64)
+    with attention_transfer(model) as transfer:
+        model(**tiny.inputs(2, 24), use_cache=False)
+        transfer.loss().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in transfer.parameters)
+        with torch.no_grad():
+            model(**tiny.inputs(2, 24), use_cache=False)
+        with pytest.raises(RuntimeError, match="called without gradients"):
+            transfer.loss()
+
+
+def test_experts_beside_dense_attention_have_a_teacher() -> None:
+    model, tiny = build(variant="moe", num_experts=2)
+    inputs = tiny.inputs(2, 24)
+    with torch.no_grad(), dense_attention(model):
+        logits = model(**inputs).logits
+    assert torch.equal(logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="no attention layer"):
+        attention_errors(model, [inputs])
+
+
+def test_each_module_keeps_its_mode() -> None:
+    model, tiny = build()
+    model.train()
+    frozen = patched_layers(model)[0][2].eval()
+    attention_errors(model, [tiny.inputs(2, 24)])
+    assert [module for module in model.modules() if not module.training] == list(frozen.modules())

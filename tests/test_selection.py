@@ -10,6 +10,7 @@ from zoo import ZOO
 
 from hf_efficient_attn import (
     BlockConfig,
+    ClusterFormerConfig,
     CombinedConfig,
     FlashConfig,
     SlidingWindowConfig,
@@ -187,6 +188,8 @@ def test_the_short_form(monkeypatch) -> None:
     patch_model(model, "auto", data=batches, budget={"max_cost": 0.9, "cost": "flops"}, per_head=True)
     assert describe(model)[0].variant is not None
     unpatch_model(model)
+    with pytest.raises(ValueError, match="give data="):
+        patch_model(model, "auto", budget=budget)
     monkeypatch.setitem(STRATEGIES, "auto", lambda model, **given: {})
     with pytest.raises(ValueError, match="nothing better than dense"):
         patch_model(model, "auto", data=batches, budget=budget)
@@ -214,6 +217,7 @@ def test_the_short_form(monkeypatch) -> None:
         ({"candidates": ["blocks"]}, "Did you mean 'block'"),
         ({"budget": {"max_cost": 0.001, "cost": "flops"}}, "the cheapest mapping"),
         ({"budget": {"max_loss": 0.1, "max_cost": 0.5}}, "give either"),
+        ({"budget": 0.1}, "budget = 0.1: give max_loss or max_cost"),
         ({"budget": {"max_loss": -1.0}}, "not above 0"),
         ({"budget": {"max_loss": 0.1, "cost": "money"}}, "choose one or more of time"),
         ({"budget": {"max_loss": 0.1, "cost": ()}}, "choose one or more of time"),
@@ -224,7 +228,7 @@ def test_bad_input(change: dict, words: str) -> None:
     model, batches = sharpened()
     given = {"data": batches, "candidates": CANDIDATES, "budget": {"max_loss": 0.1, "cost": "flops"}} | change
     with pytest.raises(ValueError, match=words):
-        select_variants(model, given.pop("data"), **given | {"budget": Budget(**given["budget"])})
+        select_variants(model, given.pop("data"), **given)
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
@@ -279,6 +283,32 @@ def test_candidates_that_read_the_layer_s_input(per_head: bool) -> None:
     budget = Budget(max_cost=100.0, cost="flops")
     found = select_variants(model, batches, candidates=candidates, budget=budget, per_head=per_head)
     assert all(score.error > 0 and score.rise >= 0 for score in found.scores) and len(found.uniform) == 2
+
+
+def test_state_is_counted_in_the_model_s_precision_and_of_layers_that_alternate() -> None:
+    """A window of 8 with 4 sinks of 64 tokens; cluster_former keeps all tokens, and a label for each, in every other layer."""
+    candidates = [
+        "flash",
+        ("window", SlidingWindowConfig(window=8, num_sinks=4)),
+        ("clusters", ClusterFormerConfig(window=8, num_sinks=4, num_clusters=2)),
+    ]
+    shares = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, batches = ZOO["llama"].build().to(dtype), [ZOO["llama"].inputs(2, 64)]
+        budget = {"max_loss": 1e3, "cost": "state"}
+        before = torch.random.get_rng_state()
+        shares.append(select_variants(model, batches, candidates=candidates, budget=budget).costs["state"])
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert shares[0]["flash"] == shares[1]["flash"] == 1
+    assert shares[0]["window"] == shares[1]["window"] == pytest.approx(11 / 64)
+    assert 0.5 < shares[0]["clusters"] < 0.7
+
+
+def test_dense_is_chosen_where_nothing_is_saved() -> None:
+    model, batches = sharpened()
+    wide = [("all", SlidingWindowConfig(window=500, num_sinks=0))]
+    found = select_variants(model, batches, candidates=wide, budget=Budget(max_loss=0.1, cost="state"))
+    assert found.costs["state"]["all"] == 1 and found.mapping == {}
 
 
 def test_a_budget_that_is_just_met() -> None:

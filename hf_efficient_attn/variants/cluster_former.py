@@ -66,6 +66,10 @@ class ClusterFormerConfig(EfficientAttentionConfig):
             cls(num_clusters=5, alternate=False, window=1, chunk_size=1, seed=3),
         ]
 
+    @property
+    def alternates(self) -> bool:
+        return self.alternate
+
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> ClusterFormerConfig:
         return cls(num_clusters=1, window=max(length, 1), chunk_size=max(length, 1), alternate=False)
