@@ -64,16 +64,14 @@ def assert_as_exact(calls: list[str], *shape) -> None:
         assert bound < 1e-3 * want.abs().max() or want.abs().max() < 1e-12  # the gate's, where nothing is far
 
 
-@pytest.mark.parametrize(("kv_heads", "dim"), [(4, 16), (2, 64), (1, 80)])
-@pytest.mark.parametrize("window", [1, 20, 64, 300])
+@pytest.mark.parametrize(("kv_heads", "dim", "window"), [(4, 16, 1), (2, 64, 20), (1, 80, 64), (2, 16, 300)])
 @pytest.mark.parametrize("length", [2, 65, 333])
 def test_the_kernel_is_the_scan_and_the_window(calls, length, window, kv_heads, dim) -> None:
     assert_as_exact(calls, length, kv_heads, window, dim)
 
 
-@pytest.mark.parametrize("window", [20, 64])
-def test_large_logits_do_not_overflow(calls, window) -> None:
-    assert_as_exact(calls, 200, 2, window, 64, 12.0)
+def test_large_logits_do_not_overflow(calls) -> None:
+    assert_as_exact(calls, 200, 2, 20, 64, 12.0)
 
 
 @pytest.mark.parametrize("splits", [(333,), (70, 263), (1, 64, 200, 68)])

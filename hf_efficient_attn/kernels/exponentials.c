@@ -190,7 +190,8 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
             product(dim, wide, m, later, 1, dim, phi_k, T, of_v, T, 0);
             for (long h = 0; h < heads; h++) {
                 float slope[T];
-                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + (h * n + begin) * dim, normaliser + h * n + begin, gs, slope);
+                long done = h * n + begin;
+                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + done * dim, normaliser + done, gs, slope);
                 gather(gs, dim, size, dim, 1.0f, gt, T);
                 query_features(&now, q + h * hq + begin * sq, sq, size, qt, phi_q);
                 past(size, m, phi_k, 1, T, phi_q, a);

@@ -6,10 +6,10 @@
  *     out_i = (s sum_near exp(a_ij - c_i) v_j + sum_far phi(q_i) . phi(k_j) v_j) / (the same with 1 for v_j).
  *
  * Near are the w keys up to i's own and those sinks, the first positions of the text, that lie before them; far are the keys
- * before these w that are no sinks. One call serves a key/value head of a row and its query heads, in pieces of T queries.
- * Query i of a piece is the first that finds the key w before it far, so that pieces of far keys run w keys behind: inside a piece
- * weights are formed, what lies before it is read from the sums S (m, dim) and z (m) of phi(k) v and phi(k). Everything of a piece
- * is held with its queries side by side, T columns of which `wide` are used.
+ * before these w that are no sinks. One call serves a key/value head of a row and its query heads, in pieces of T queries. To
+ * query i the key w before it is the last far one, so that pieces of far keys run w keys behind: inside a piece weights are
+ * formed, what lies before it is read from the sums S (m, dim) and z (m) of phi(k) v and phi(k). Everything of a piece is held
+ * with its queries side by side, T columns of which `wide` are used.
  */
 
 #include "scan.h"
@@ -26,7 +26,7 @@ static long least(long a, long b) { return a < b ? a : b; }
 
 static long most(long a, long b) { return a > b ? a : b; }
 
-/* The rows of near keys from..to-1 of the HALF queries from `begin` on, which ends at n, and their place in the panel. */
+/* What HALF queries meet: rows from..to-1 of near keys, of which the first stands at `place` in the panel; `cols` are real. */
 typedef struct {
     long cols, wide, from, to, place;
 } Panel;
@@ -37,21 +37,21 @@ static Panel panel_of(const Keys *c, long begin, long half, long n) {
     return (Panel){cols, (cols + W - 1) / W * W, from, first + cols, (c->sinks + from - low) * T + half};
 }
 
-/* c (m, wide) = x (m, rows) times the panel's rows, sinks first: x holds a row's m numbers, for keys or values. */
+/* out (dim, wide) = the sum over a panel's rows, sinks first, of keys or values times what the panel holds. */
 static void times_panel(const Keys *c, Panel at, long half, const float *sink, const float *x, long sx, const float *panel,
                         float *out) {
     product(c->dim, at.wide, c->sinks, sink, 1, c->dim, panel + half, T, out + half, T, 0);
     product(c->dim, at.wide, at.to - at.from, x + at.from * sx, 1, sx, panel + at.place, T, out + half, T, 1);
 }
 
-/* panel = the products of keys or values with the columns y (dim, T). */
+/* The panel's rows = the products of keys or values with the columns y (dim, T). */
 static void with_panel(const Keys *c, Panel at, long half, const float *sink, const float *x, long sx, const float *y,
                        float *panel) {
     product(c->sinks, at.wide, c->dim, sink, c->dim, 1, y + half, T, panel + half, T, 0);
     product(at.to - at.from, at.wide, c->dim, x + at.from * sx, sx, 1, y + half, T, panel + at.place, T, 0);
 }
 
-/* A panel's row times `scaling`, but NOTHING outside of the columns first..last, and the columns' largest. */
+/* A panel's row times `scaling`, NOTHING outside of its columns first..last; raises each column's largest. */
 static void limit(float *row, long wide, long first, long last, float scaling, vec *largest) {
     first = most(0, least(first, wide));
     for (long i = 0; i < first; i++) row[i] = NOTHING;
@@ -63,7 +63,7 @@ static void limit(float *row, long wide, long first, long last, float scaling, v
     }
 }
 
-static void raise(float *row, long wide, const vec *largest, vec *sum) {
+static void exponentiate(float *row, long wide, const vec *largest, vec *sum) {
     for (long i = 0; i < wide / W; i++) {
         vec *x = (vec *)(row + i * W);
         *x = exponential(*x - largest[i]);
@@ -84,8 +84,8 @@ static void weigh(const Keys *c, long begin, long n, const float *qt, float *pan
         for (long r = at.from; r < at.to; r++)
             limit(panel + at.place + (r - at.from) * T, at.wide, r - row, r - row + c->w - 1, c->scaling, largest);
         for (long i = 0; i < HALF / W; i++) largest[i] = pick(largest[i] > -1e30f, largest[i], (vec){0});
-        for (long j = 0; j < c->sinks; j++) raise(panel + j * T + half, at.wide, largest, sum);
-        for (long r = 0; r < at.to - at.from; r++) raise(panel + at.place + r * T, at.wide, largest, sum);
+        for (long j = 0; j < c->sinks; j++) exponentiate(panel + j * T + half, at.wide, largest, sum);
+        for (long r = 0; r < at.to - at.from; r++) exponentiate(panel + at.place + r * T, at.wide, largest, sum);
         for (long i = 0; i < at.wide / W; i++) *(vec *)(sums + half + i * W) = sum[i];
     }
 }
@@ -129,8 +129,8 @@ static void of_features(long dim, long wide, const float *phi, float *of_phi) {
 }
 
 /*
- * The far keys that the piece of `size` queries from `begin` on adds: their keys and values as rows (T, dim) and phi (m, T), zeros
- * where there are none. Returns how many of the first there are none of.
+ * The far keys that the piece of `size` queries from `begin` on adds: keys and values as rows (T, dim) and phi (m, T). Returns
+ * for how many queries, the first ones, there is none; zeros stand there, and nothing is written where there is none at all.
  */
 static long far_keys(const Keys *c, long begin, long size, const float *w, float *kr, float *vr, float *kt, float *phi) {
     long row = c->row + begin - c->w, skip = most(0, least(size, c->sinks - (c->at + begin - c->w)));
@@ -165,9 +165,9 @@ static float *room_for_panel(const Keys *c, long n) {
 }
 
 /*
- * q, out: `heads` heads, hq and n dim floats apart, of which the first `real` tokens count; query i is row `row` + i of the keys, and
- * the first one stands at position `at`. wq (heads, dim, dim), wk (dim, dim), with the root of the scaling in them; gate (heads);
- * normaliser (heads, n). s, z: the sums before and after. kept: s, z before every SPAN tokens, or null.
+ * q, out: `heads` heads, hq and n dim floats apart, of which the first `real` tokens count; query i is row `row` + i of the
+ * keys, and the first one stands at position `at`. wq (heads, dim, dim), wk (dim, dim), with the root of the scaling in them;
+ * gate (heads); normaliser (heads, n). s, z: the sums before and after. kept: s, z before every SPAN tokens, or null.
  */
 void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, const float *v, long sv, const float *sink_k,
                     const float *sink_v, const float *wq, const float *wk, const float *gate, long heads, long n, long real,
@@ -223,12 +223,12 @@ void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, c
 }
 
 /*
- * Gradients of the near part: gt (dim, T) and gs (T, dim) those of the numerators, slope those of the normalisers; adds to rows of keys
- * and values and writes ot (dim, T), that of the queries. Returns the gate's.
+ * Gradients of the near part from those of the numerators, gt (dim, T) and gs (T, dim), and of the normalisers, slope: adds those
+ * of keys and values, writes that of the queries, ot (dim, T), and returns the gate's.
  */
-static float near_gradients(const Keys *c, long begin, long n, float gate, const float *q, long sq, const float *qt, const float *gt,
-                            const float *gs, const float *slope, float *panel, float *of_panel, float *ot, float *dk,
-                            float *dv, float *of_sink_k, float *of_sink_v) {
+static float near_gradients(const Keys *c, long begin, long n, float gate, const float *q, long sq, const float *qt,
+                            const float *gt, const float *gs, const float *slope, float *panel, float *of_panel,
+                            float *ot, float *dk, float *dv, float *of_sink_k, float *of_sink_v) {
     float sums[T], of_gate = 0;
     long dim = c->dim;
     weigh(c, begin, n, qt, panel, sums);
@@ -273,8 +273,8 @@ typedef struct {
 } Piece;
 
 /*
- * Gradients of the above, where nothing came before; g like q, hg and sg apart; dq like out. Those of keys, values (rows, dim), sinks, maps
- * and gate are added.
+ * Gradients of the above, where nothing came before; g like q, hg and sg apart; dq like out. Those of keys, values (rows, dim),
+ * sinks, maps and gate are added.
  */
 void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, const float *v, long sv, const float *sink_k,
                      const float *sink_v, const float *wq, const float *wk, const float *gate, long heads, long n, long real,
