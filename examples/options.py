@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--weight-decay", type=float, default=0.01, help="of AdamW")
     add("--warmup", type=float, default=0.1, help="the share of steps in which the learning rate rises")
-    add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm; 0: not at all")
     add("--seed", type=int, default=0, help="of weights, data order, masks and dropout, the same for every variant")
     add(
         "--warm-start-steps",
@@ -185,7 +187,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         try:
             parser.set_defaults(**_read_preset(preset, parser))
         except ValueError as error:
-            parser.error(str(error))
+            parser.error(f"--preset {preset}: {error}")
     args = parser.parse_args(argv)
     for name in (
         "max_steps",
@@ -196,8 +198,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "lora_rank",
         "checkpoint_every",
         "seed",
+        "weight_decay",
+        "max_grad_norm",
     ):
-        if (getattr(args, name) or 0) < 0:
+        if not (getattr(args, name) or 0) >= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0.")
     for name in (
         "max_length",
@@ -233,15 +237,49 @@ def preset_names() -> str:
     return ", ".join(file.stem for file in files if "model" in yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
-def _read_preset(preset: str, parser: argparse.ArgumentParser) -> dict:
+def _read_preset(preset: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """
+    The values of a preset, read as the command line reads its words.
+
+    Raises:
+        ValueError: there is no such file, or it holds what the arguments do not take.
+    """
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
-        raise ValueError(f"--preset {preset}: no such preset or file; presets are {preset_names()}.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {action.dest for action in parser._actions}
+        raise ValueError(f"no such preset or file; presets are {preset_names()}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "preset")}
     if not isinstance(values, dict) or values.keys() - known:
-        unknown = sorted(values.keys() - known) if isinstance(values, dict) else values
-        raise ValueError(f"--preset {path}: expected a mapping of arguments, with _ for -; cannot use {unknown}.")
-    if isinstance(values.get("variants"), dict):
-        values["variants"] = [values["variants"]]
-    return values
+        unknown = sorted(map(str, values.keys() - known)) if isinstance(values, dict) else values
+        raise ValueError(f"expected a mapping of arguments, with _ for -; cannot use {unknown}.")
+    values = {name: value for name, value in values.items() if value is not None}
+    runs = values.pop("variants", [])  # may be a mapping, which the command line has in files only
+    runs = runs if isinstance(runs, list) else [runs]
+    if not all(isinstance(run, (str, dict)) for run in runs):
+        raise ValueError(f"variants: expected names, files, or a mapping from labels to variants, got {runs!r}.")
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    reader = copy.copy(parser)
+    reader.error = refuse
+    read = reader.parse_args([word for name, value in values.items() for word in _words(known[name], value)])
+    return {name: getattr(read, name) for name in values} | ({"variants": runs} if runs else {})
+
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """A preset's value as the command line has it."""
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{action.dest}: expected true or false, got {value!r}.")
+        return [flag] * value
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # YAML's reading of it
+    items = value if isinstance(value, list) and action.nargs else [value]
+    if any(isinstance(item, (bool, list, dict)) for item in items):
+        raise ValueError(f"{action.dest}: expected text or a number, got {value!r}.")
+    return [flag, *map(str, items)] if action.nargs else [f"{flag}={value}"]

@@ -130,7 +130,8 @@ def train(
                 continue
             if not math.isfinite(summed):
                 raise Diverged(f"the loss became {summed} at step {progress.step + 1}")
-            accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
+            if recipe.max_grad_norm:
+                accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         progress.step += 1

@@ -241,6 +241,14 @@ def test_a_run_of_before_micro_batches_can_be_continued(folder, tmp_path):
     assert both["rows"][:2] == first["rows"]
 
 
+def test_gradients_that_are_not_clipped_train_as_those_below_the_limit(folder, tmp_path):
+    losses = []
+    for norm in ("0", "1e30"):
+        more = ["--no-cost", "--controls", "none", "--max-grad-norm", norm]
+        losses.append(finetune.main(arguments(folder, tmp_path / norm, *more))["rows"][0]["training"]["losses"])
+    assert losses[0] == losses[1] and losses[0][-1] != losses[0][0]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules(schedule):
     recipe = Recipe(11, 1, 1, 2.0, 0.0, 0.1, 1.0, 0, 0, schedule)
@@ -898,11 +906,54 @@ def test_options_presets_and_their_refusals(tmp_path, capsys):
         ("--max-steps", "-1"): "--max-steps -1: at least 0",
         ("--cost-length", "0"): "--cost-length 0: at least 1",
         ("--learning-rate", "0"): "must be above 0",
+        ("--max-grad-norm", "-1"): "--max-grad-norm -1.0: at least 0",
+        ("--max-grad-norm", "nan"): "--max-grad-norm nan: at least 0",
+        ("--weight-decay", "-0.1"): "--weight-decay -0.1: at least 0",
     }
     for given, sentence in refusals.items():
         with pytest.raises(SystemExit):
             parse(list(given))
         assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("schedule: cosin", "argument --schedule: invalid choice: 'cosin' (choose from"),
+        ("task: classifcation", "argument --task: invalid choice: 'classifcation'"),
+        ("controls: windows", "argument --controls: invalid choice: 'windows'"),
+        ("controls: false", "controls: expected text or a number, got False"),
+        ("mixed_precision: yes", "mixed_precision: expected text or a number, got True"),
+        ("max_length: long", "argument --max-length: invalid int value: 'long'"),
+        ("max_steps: 1.5", "argument --max-steps: invalid int value: '1.5'"),
+        ("model: [a, b]", "model: expected text or a number, got ['a', 'b']"),
+        ("gradient_checkpointing: sometimes", "gradient_checkpointing: expected true or false, got 'sometimes'"),
+        ("variants: 3", "variants: expected names, files, or a mapping from labels to variants, got [3]"),
+        ("lora_targets: [{a: b}]", "lora_targets: expected text or a number, got [{'a': 'b'}]"),
+        ("max_grad_norm: -1", "--max-grad-norm -1.0: at least 0"),
+        ("a: [", "not YAML"),
+        ("preset: demo", "cannot use ['preset']"),
+    ],
+)
+def test_a_preset_is_checked_as_the_command_line_is(tmp_path, capsys, content, sentence):
+    file = tmp_path / "p.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        parse(["--preset", str(file)])
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_preset_is_read_as_the_command_line_is(tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "{variants: block, mixed_precision: no, learning_rate: 1e-3, max_length: '64', dataset_config: 2020, "
+        "lora_targets: query, trackers: tensorboard, cpu: true, quiet: false, task: null}"
+    )
+    args, plain = parse(["--preset", str(file), "--max-length", "32"]), parse([])
+    assert (args.variants, args.mixed_precision, args.learning_rate, args.max_length) == (["block"], "no", 1e-3, 32)
+    assert (args.dataset_config, args.lora_targets, args.trackers) == ("2020", ["query"], ["tensorboard"])
+    assert (args.cpu, args.quiet, args.task, args.schedule) == (True, False, plain.task, plain.schedule)
+    assert [run.label for run in read_runs(args.variants)] == ["dense", "block"]
 
 
 def test_report_compares_with_dense():
