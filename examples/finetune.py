@@ -46,13 +46,11 @@ from examples.data import Collator, Examples, Schedule
 from examples.objective import Objective
 from examples.options import parse
 from examples.recover import TransferObjective, transfer_recipe
-from examples.session import Session, broadcast, write_json
+from examples.session import Session, broadcast, model_folder, rows_to_push, write_json
 from examples.training import Diverged, Recipe, checkpoint_folder, evaluate_objective, train
-from examples.variants import RunSpec, read_runs
+from examples.variants import EAGER, RunSpec, read_runs
 from hf_efficient_attn import describe
 from hf_efficient_attn.recovery import attention_errors, attention_transfer, patched_layers
-
-EAGER = "dense (eager)"
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
@@ -121,7 +119,7 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
             row["training"] = train_run(session, run.label, run.folder, objective, schedule, recipe, bars, task)
             row["after"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: after")
             if (args.save_models or args.push_to_hub) and run.kind != "control" and accelerator.is_main_process:
-                keep = session.folder / run.folder / "model"
+                keep = model_folder(session.folder, run.label)
                 models.merged(objective.model).save_pretrained(keep)
                 session.tokenizer.save_pretrained(keep)
     except Diverged as error:
@@ -292,8 +290,7 @@ def evaluate_run(session, objective, examples: Examples, bars: Progress, task: T
 def cost_of(session: Session, run: RunSpec, attention: str) -> tuple[dict[str, Any] | None, str | None]:
     """Memory and time of a run, or why they could not be measured; the same on every process."""
     args = session.args
-    whole = args.cost_batch_size or args.batch_size
-    size = min(run.micro_batch or whole, whole)
+    size, accumulation = session.cost_batch(run)
     answer: tuple[dict[str, Any] | None, str | None] = (None, None)
     if session.accelerator.is_main_process:
         job = {
@@ -302,7 +299,7 @@ def cost_of(session: Session, run: RunSpec, attention: str) -> tuple[dict[str, A
             "patch": run.patch,
             "attention": attention,
             "batch_size": size,
-            "accumulation": -(-whole // size),
+            "accumulation": accumulation,
             "length": run.max_length or args.cost_length or args.max_length,
             "mixed_precision": session.accelerator.mixed_precision,
             "gradient_checkpointing": args.gradient_checkpointing,
@@ -346,10 +343,8 @@ def push(session: Session) -> None:
 
     from hf_efficient_attn.hub import TASKS, model_card
 
-    rows = [
-        row for row in session.results["rows"] if row["kind"] == "variant" and row["status"] == "ok" and row["after"]
-    ]
-    folders = {run.label: session.folder / run.folder / "model" for run in session.runs}
+    rows = rows_to_push(session.results["rows"])
+    folders = {row["label"]: model_folder(session.folder, row["label"]) for row in rows}
     auto_class = getattr(transformers, TASKS[session.args.task][1])
     for row in rows:
         name = session.args.push_to_hub + ("" if len(rows) == 1 else f"-{folders[row['label']].parent.name}")

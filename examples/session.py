@@ -51,6 +51,8 @@ class Session:
         self.arguments["processes"] = self.accelerator.num_processes
         self.arguments["runs"] = [vars(run) for run in runs]  # what the variants meant
         check_folder(self.folder, self.arguments, args.resume)
+        if args.push_to_hub:
+            check_models(self.folder)
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         self.texts = load_texts(
             args.dataset,
@@ -85,6 +87,8 @@ class Session:
         )
         for run in runs:
             self.recipe_of(run)  # or the error comes when it is the run's turn
+            if not args.no_cost:
+                self.cost_batch(run)
         base = models.make_base(
             args.model,
             args.task,
@@ -124,6 +128,22 @@ class Session:
         if whole % size:
             raise ValueError(f"run {run.label!r}: micro_batch = {size} does not divide the {whole} texts of a step.")
         return replace(self.recipe, batch_size=size, accumulation=whole // size)
+
+    def cost_batch(self, run: RunSpec) -> tuple[int, int]:
+        """
+        The texts that the run reads at a time where its cost is measured, and how many times: as many texts as the others.
+
+        Raises:
+            ValueError: they do not make up the measured batch.
+        """
+        whole = self.args.cost_batch_size or self.args.batch_size
+        size = min(run.micro_batch or whole, whole)
+        if whole % size:
+            raise ValueError(
+                f"run {run.label!r}: micro_batch = {size} does not divide the {whole} texts that costs are measured on; give "
+                f"--cost-batch-size a multiple of {size}, or leave costs out with --no-cost."
+            )
+        return size, whole // size
 
     def examples(self, max_length: int) -> tuple[Examples, Examples]:
         """The tokenised splits, cut at that many tokens."""
@@ -178,6 +198,28 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
         raise ValueError(
             f"{folder} is not empty: choose another --output-dir, or continue the run in it with --resume."
         )
+
+
+def check_models(folder: Path) -> None:
+    """ValueError where a run to push is finished and its model was not kept."""
+    saved = folder / "results.json"
+    rows = json.loads(saved.read_text(encoding="utf-8"))["rows"] if saved.exists() else []
+    missing = [row["label"] for row in rows_to_push(rows) if not model_folder(folder, row["label"]).exists()]
+    if missing:
+        raise ValueError(
+            f"--push-to-hub: {folder} holds no models of {', '.join(missing)}, which ran without --save-models; leave out "
+            "--push-to-hub, or start anew in another --output-dir."
+        )
+
+
+def rows_to_push(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of fine-tuned variants."""
+    return [row for row in rows if row["kind"] == "variant" and row["status"] == "ok" and row["after"]]
+
+
+def model_folder(folder: Path, label: str) -> Path:
+    """Where a run's fine-tuned model is kept."""
+    return folder / RunSpec(label, "variant").folder / "model"
 
 
 def new_results(session: Session, base, train_examples: Examples, eval_examples: Examples) -> dict[str, Any]:

@@ -21,7 +21,10 @@ import yaml
 
 from hf_efficient_attn.registry import config_from_dict
 
-DENSE, ZERO = "dense", "zero attention"
+DENSE, EAGER, ZERO = "dense", "dense (eager)", "zero attention"
+
+# Names in the output folder that a run's own folder cannot have.
+TAKEN = ("", ".", "..", "base", "base.new", "warm_start", "arguments.json", "results.json", "report.md", "pareto.png")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def read_runs(entries: Sequence[str | dict[str, Any]]) -> list[RunSpec]:
         entries: variants' names, paths of YAML files, or mappings label -> run as in those files.
 
     Raises:
-        ValueError: an unknown variant or hyper-parameter, a malformed entry, or two runs of one label.
+        ValueError: an unknown variant or hyper-parameter, a malformed entry, two runs of one label, or a label that the
+            program needs.
     """
     runs = [RunSpec(DENSE, "dense")]
     for entry in entries:
@@ -70,10 +74,12 @@ def read_runs(entries: Sequence[str | dict[str, Any]]) -> list[RunSpec]:
             continue
         mapping = _load(entry) if isinstance(entry, str) else entry
         runs += [_run(str(label), value) for label, value in mapping.items()]
-    folders = [run.folder for run in runs] + [RunSpec(ZERO, "control").folder]
+    folders = [run.folder for run in runs] + [RunSpec(label, "control").folder for label in (EAGER, ZERO)]
     for run in runs:
         if folders.count(run.folder) > 1:
             raise ValueError(f"two runs are labelled {run.label!r}; give each its own label in a YAML file.")
+        if run.folder in TAKEN:
+            raise ValueError(f"run {run.label!r}: the output folder needs this name itself; choose another label.")
     return runs
 
 

@@ -230,6 +230,16 @@ def test_a_run_can_read_fewer_texts_at_a_time(folder, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_costs_are_of_as_many_texts_or_refused(folder, tmp_path):
+    file = tmp_path / "v.yaml"
+    file.write_text(yaml.safe_dump({"few": {"variant": "block", "micro_batch": 4}}))
+    given = arguments(folder, tmp_path / "out", "--variants", str(file), "--batch-size", "8", "--max-steps", "0")
+    with pytest.raises(ValueError, match="micro_batch = 4 does not divide the 6 texts that costs are measured on"):
+        finetune.main([*given, "--cost-batch-size", "6"])
+    assert not (tmp_path / "out").exists()
+    finetune.main([*given, "--cost-batch-size", "6", "--no-cost"])
+
+
 def test_a_run_of_before_micro_batches_can_be_continued(folder, tmp_path):
     job, more = tmp_path / "out", ["--no-cost", "--controls", "none", "--max-steps", "1"]
     first = finetune.main(arguments(folder, job, *more, "--variants", "flash"))
@@ -247,6 +257,17 @@ def test_gradients_that_are_not_clipped_train_as_those_below_the_limit(folder, t
         more = ["--no-cost", "--controls", "none", "--max-grad-norm", norm]
         losses.append(finetune.main(arguments(folder, tmp_path / norm, *more))["rows"][0]["training"]["losses"])
     assert losses[0] == losses[1] and losses[0][-1] != losses[0][0]
+
+
+def test_models_that_were_not_kept_cannot_be_pushed(job, folder, tmp_path):
+    output, more = tmp_path / "out", ["--no-cost", "--controls", "none", "--max-steps", "1", "--variants", "flash"]
+    finetune.main(arguments(folder, output, *more))
+    before = (output / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="holds no models of flash, which ran without --save-models; leave out"):
+        finetune.main(arguments(folder, output, *more, "block", "--resume", "--push-to-hub", "me/x"))
+    assert (output / "results.json").read_bytes() == before and not (output / "base").exists()
+    session.check_models(job[1])  # a run whose models were kept
+    session.check_models(tmp_path / "new")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -883,6 +904,11 @@ def test_variants_from_names_and_files(tmp_path, monkeypatch):
         ({"a": 3}, "expected a variant's name or a mapping"),
         ([1], "expected a mapping from labels"),
         ({"dense": "block"}, "two runs are labelled 'dense'"),
+        ({"dense (eager)": "block"}, r"two runs are labelled 'dense \(eager\)'"),
+        ({"base": "block"}, "run 'base': the output folder needs this name itself; choose another label"),
+        ({"base.new": "block"}, "run 'base.new': the output folder needs"),
+        ({"warm start": "block"}, "run 'warm start': the output folder needs"),
+        ({"..": "block"}, r"run '\.\.': the output folder needs"),
     ],
 )
 def test_unusable_variants_say_what_is_wrong(tmp_path, content, sentence):
