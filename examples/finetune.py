@@ -45,7 +45,7 @@ from examples.cost import CostFailed, measure_in_own_process
 from examples.data import Collator, Examples, Schedule
 from examples.objective import Objective
 from examples.options import parse
-from examples.recover import TransferObjective, transfer_recipe
+from examples.recover import TransferObjective, learning_layers, transfer_recipe
 from examples.session import Session, broadcast, model_folder, rows_to_push, write_json
 from examples.training import Diverged, Recipe, checkpoint_folder, evaluate_objective, train
 from examples.variants import EAGER, RunSpec, read_runs
@@ -145,13 +145,14 @@ def recover_run(
 ) -> dict[str, Any]:
     """
     Attention transfer, of all layers or block by block, or the word that there is nothing to train. A layer whose error rose
-    is put back. What a block learned is kept beside the run's checkpoint, so that a run which is continued does not learn
-    it again.
+    is put back; layers of which one owns what all learn stay together, and their errors are added up. What a block learned
+    is kept beside the run's checkpoint, so that a run which is continued does not learn it again.
     """
     args, folder = session.args, session.folder / run.folder
-    layers = [number for number, _, variant in patched_layers(model) if any(True for _ in variant.parameters())]
-    if not layers:
-        return {"tokens": 0, "note": "this variant has no parameters to train", "errors": []}
+    groups = learning_layers(model)
+    if not groups:
+        return {"tokens": 0, "note": "its attention has no parameters to train", "errors": []}
+    variants = {number: variant for number, _, variant in patched_layers(model)}
     probe = session.probe(examples)
     found = {
         "steps": 0,
@@ -161,27 +162,28 @@ def recover_run(
         "errors_before": errors_of(model, probe),
         "undone": [],
     }
-    size = args.recover_blocks or len(layers)
-    for begin in range(0, len(layers), size):
-        block = layers[begin : begin + size]
+    size = args.recover_blocks or len(groups)
+    for begin in range(0, len(groups), size):
+        chosen = groups[begin : begin + size]
+        block = sorted(number for group in chosen for number in group)
         kept = folder / f"recovered-{block[0]}.pt"
         with attention_transfer(model, block) as transfer:
             if kept.exists():
                 saved = torch.load(kept, weights_only=True)
-                for parameter, value in zip(transfer.parameters, saved["parameters"], strict=True):
-                    parameter.data.copy_(value)
+                for number, state in saved["states"].items():
+                    variants[number].load_state_dict(state)
             else:
                 saved = {"training": transfer_block(session, run, model, transfer, block, examples, bars, task)}
                 if session.accelerator.is_main_process:
                     folder.mkdir(parents=True, exist_ok=True)
-                    saved["parameters"] = [p.detach().cpu() for p in transfer.parameters]
+                    states = {number: variants[number].state_dict() for number in block}
+                    saved["states"] = {n: {name: x.cpu() for name, x in state.items()} for n, state in states.items()}
                     torch.save(saved, kept)
                     shutil.rmtree(folder / "transfer", ignore_errors=True)
             session.accelerator.wait_for_everyone()
-        before = {error["layer"]: error["error"] for error in found["errors_before"]}
-        worse = [
-            e["layer"] for e in errors_of(model, probe) if e["layer"] in block and not e["error"] <= before[e["layer"]]
-        ]
+        errors = zip(found["errors_before"], errors_of(model, probe), strict=True)
+        rise = {before["layer"]: after["error"] - before["error"] for before, after in errors}
+        worse = [number for group in chosen if not sum(rise[n] for n in group) <= 0 for number in group]
         if worse:
             transfer.undo(worse)
         found["undone"] += worse

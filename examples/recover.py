@@ -14,7 +14,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from examples.training import Recipe
+from hf_efficient_attn.hosts import base_model
 from hf_efficient_attn.recovery import Transfer, patched_layers
+from hf_efficient_attn.swapping import is_patched
+
+
+def learning_layers(model: PreTrainedModel) -> list[list[int]]:
+    """
+    The patched layers with parameters, each in a list with the layers that have none but read its own, as linformer's
+    sharing="layerwise" has them. No layer where none has any.
+    """
+    layers = patched_layers(model) if is_patched(base_model(model), "attention") else []
+    groups = {number: [number] for number, _, variant in layers if any(True for _ in variant.parameters())}
+    owners = {id(part): number for number, _, variant in layers if number in groups for part in variant.modules()}
+    for number, _, variant in layers:
+        read = [owners[id(x)] for part in variant.modules() for x in vars(part).values() if id(x) in owners]
+        if number not in groups and read:
+            groups[read[0]].append(number)
+    return list(groups.values())
 
 
 class TransferObjective(nn.Module):

@@ -39,6 +39,7 @@ from examples.models import fit_positions, position_limit  # noqa: E402
 from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
 from examples.rates import layerwise  # noqa: E402
+from examples.recover import learning_layers  # noqa: E402
 from examples.training import Recipe  # noqa: E402
 from examples.variants import read_runs, with_controls  # noqa: E402
 from hf_efficient_attn import patch_model, unpatch_model  # noqa: E402
@@ -611,6 +612,103 @@ def test_layers_learn_block_by_block(peaked, tmp_path):
     for before, after in zip(found["errors_before"], found["errors"], strict=True):
         assert before["layer"] == after["layer"] and after["error"] < before["error"]
     assert found["losses"][19] < found["losses"][0] and found["losses"][39] < found["losses"][20]
+
+
+LAYERWISE = {"variant": "linformer", "rank": 4, "max_length": 24, "sharing": "layerwise"}
+
+
+@pytest.mark.parametrize(
+    ("variants", "layers"),
+    [
+        ({"0-": {**LAYERWISE, "sharing": "headwise"}}, [[0], [1]]),
+        ({"0-": LAYERWISE}, [[0, 1]]),
+        ({"0-": {"variant": "combined", "parts": [[LAYERWISE, 1], [{"variant": "block"}, 1]]}}, [[0, 1]]),
+        ({"0": LAYERWISE, "1": "block"}, [[0]]),
+        ({"0": "block", "1": "hedgehog"}, [[1]]),
+        ({"0-": "block"}, []),
+        ({"0-": "moe"}, []),
+        ({"0-": "moe", "0": "hedgehog"}, [[0]]),
+    ],
+)
+def test_layers_that_read_what_another_owns_learn_with_it(folder, variants, layers):
+    model = AutoModelForMaskedLM.from_pretrained(folder / "bert")
+    assert learning_layers(patch_model(model, variants)) == layers
+
+
+@pytest.mark.parametrize("blocks", ["0", "1"])
+def test_a_matrix_of_all_layers_learns_from_all(peaked, tmp_path, monkeypatch, blocks):
+    variants, asked = peaked / "shared.yaml", []
+    variants.write_text(yaml.safe_dump({"shared": LAYERWISE}))
+    original = finetune.attention_transfer
+
+    def transfer(model, block):
+        asked.append(block)
+        return original(model, block)
+
+    monkeypatch.setattr(finetune, "attention_transfer", transfer)
+    more = ["--no-cost", "--controls", "none", "--variants", str(variants), "--max-steps", "0"]
+    more += ["--recover", str(30 * 4 * 24), "--recover-learning-rate", "0.1", "--recover-blocks", blocks]
+    row = rows_of(finetune.main(arguments(peaked, tmp_path / "out", *more, task="masked-lm")))["shared"]
+    assert asked == [[0, 1]] and row["status"] == "ok", row["error"]
+    found = row["recovery"]
+    before, after = (sum(error["error"] for error in found[name]) for name in ("errors_before", "errors"))
+    assert found["steps"] == 30 and after < 0.9 * before and found["undone"] == []
+
+
+def test_layers_of_one_matrix_are_put_back_together(peaked, tmp_path):
+    variants = peaked / "torn.yaml"
+    variants.write_text(yaml.safe_dump({"torn": LAYERWISE}))
+    more = ["--no-cost", "--controls", "none", "--variants", str(variants), "--max-steps", "0"]
+    more += ["--recover", str(2 * 4 * 24), "--recover-learning-rate", "100"]
+    found = rows_of(finetune.main(arguments(peaked, tmp_path / "out", *more, task="masked-lm")))["torn"]["recovery"]
+    assert found["undone"] == [0, 1] and found["errors"] == found["errors_before"]
+
+
+def test_a_model_whose_attention_is_not_patched_has_nothing_to_recover(folder, tmp_path):
+    more = ["--no-cost", "--controls", "none", "--variants", "moe", "--recover", "100", "--distill", "0.5"]
+    row = rows_of(finetune.main(arguments(folder, tmp_path / "out", *more)))["moe"]
+    assert row["status"] == "ok", row["error"]
+    assert row["recovery"]["tokens"] == 0 and "no parameters to train" in row["recovery"]["note"]
+    assert row["recovered"] == row["before"] and row["after"]
+
+
+@pytest.mark.parametrize("stops", ["transfer_block", "fit_for_training"])
+def test_a_continued_recovery_has_what_no_gradient_moves(folder, tmp_path, monkeypatch, stops):
+    """The thresholds of mixture_of_depths, stopped before the second layer learns or after both have."""
+    from safetensors.torch import load_file
+
+    variants = tmp_path / "v.yaml"
+    variants.write_text(yaml.safe_dump({"router": {"variant": "mixture_of_depths", "capacity": 0.5, "decay": 0.5}}))
+    more = ["--no-cost", "--controls", "none", "--variants", str(variants), "--save-models"]
+    more += ["--recover", str(10 * 4 * 24), "--recover-blocks", "1"]
+
+    def run(output: str, *extra: str) -> dict:
+        return finetune.main(arguments(folder, tmp_path / output, *more, *extra, model="gpt2", task="causal-lm"))
+
+    whole = run("whole")
+    assert rows_of(whole)["router"]["recovery"]["undone"] == []
+    calls, original = [], getattr(finetune, stops)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the second layer's; dense's and the variant's
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(finetune, stops, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(finetune, stops, original)
+    resumed = run("parts", "--resume")
+    for one, other in zip(whole["rows"], resumed["rows"], strict=True):
+        for row in (one, other):
+            assert row["status"] == "ok", row["error"]
+            row["training"].pop("seconds")
+            (row["recovery"] or {}).pop("seconds", None)
+        assert one == other
+    weights = [load_file(tmp_path / name / "router" / "model" / "model.safetensors") for name in ("whole", "parts")]
+    assert sum("threshold" in name for name in weights[0]) == 2
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_layer_that_got_worse_is_put_back(peaked, tmp_path):
