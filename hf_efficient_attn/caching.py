@@ -366,8 +366,7 @@ class AttentionState(Node, CacheLayerMixin):
         if real is None:
             real = torch.ones(batch, length, dtype=torch.bool, device=self.real.device)
         if self.real is None:
-            before = self.seen - length
-            self.real = torch.ones(batch, before, dtype=torch.bool, device=real.device)
+            self.real = torch.ones(batch, self.count, dtype=torch.bool, device=real.device)
         self.real = torch.cat([self.real, real], 1)
         self.count = self.count + real.sum(1)
 

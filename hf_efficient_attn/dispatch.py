@@ -100,6 +100,10 @@ def efficient_attention_forward(
                 _refuses(variant, f"the mask covers {attention_mask.length} tokens, the layer has {tokens}")
             )
         rows = attention_mask.rows(query.shape[2])
+        if state is not None and not state.record_past and attention_mask.contradicts(state):
+            raise ValueError(
+                _refuses(variant, "the mask hides other tokens of the cache than were hidden when it read them")
+            )
     elif attention_mask is not None and not causal and (padding := key_padding(attention_mask)) is not None:
         rows = Rows.of(padding)
     elif attention_mask is not None:

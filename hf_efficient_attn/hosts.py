@@ -385,12 +385,18 @@ class PositionTable:
 
 
 def position_tables(model: nn.Module) -> list[PositionTable]:
-    """Every table of learned absolute positions in the model."""
-    tables = []
+    """
+    Every table of learned absolute positions of tokens in the model: not of pictures or sounds, not of places on a page
+    (LayoutLM's x_position_embeddings), and not of sinusoids, which Transformers computes anew.
+    """
+    tables, other = [], []
     for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.main_input_name not in ("input_ids", "decoder_input_ids"):
+            other.append(f"{name}." if name else "")
         leaf = name.rsplit(".", 1)[-1]
-        relative = "relative" in leaf or "relative" in name
-        if isinstance(module, nn.Embedding) and not relative and any(w in leaf for w in POSITION_TABLE_WORDS):
+        apart = "relative" in name or leaf[:2] in ("x_", "y_", "h_", "w_") or "Sinusoidal" in type(module).__name__
+        apart |= any(name.startswith(prefix) for prefix in other)
+        if isinstance(module, nn.Embedding) and not apart and any(w in leaf for w in POSITION_TABLE_WORDS):
             padding = module.padding_idx
             offset = getattr(module, "offset", padding + 1 if padding is not None else 0)
             tables.append(PositionTable(name, module, offset))

@@ -144,7 +144,10 @@ def _loading(results: dict[str, Any], repo_id: str | None) -> str:
         f"from transformers import {auto_class}",
         f'model = {auto_class}.from_pretrained("{repo_id or "user/name"}")',
     ]
-    refusal = "Without the first line Transformers refuses the checkpoint; it never loads as a dense model."
+    refusal = (
+        "Without the first line Transformers refuses the checkpoint. A class given by name, such as `BertForMaskedLM`, would "
+        "load a dense model."
+    )
     return "\n".join(["```python", *code, "```", "", refusal])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from transformers.masking_utils import (
 )
 
 from .ops.rows import Rows
+
+if TYPE_CHECKING:
+    from .caching import AttentionState
 
 # Transformers builds its mask functions as closures; one of the same code is one of the same kind.
 _INTERSECTION = and_masks().__code__
@@ -54,6 +57,7 @@ class AttentionMask:
         self._arguments = arguments
         self._dense: dict[str, Tensor | None] = {}
         self._rows: tuple[int, Rows | None] | None = None
+        self._contradicts: bool | None = None
         self.query_length = int(arguments["q_length"])
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
         self.causal, self.custom = self._read(arguments["mask_function"])
@@ -124,10 +128,25 @@ class AttentionMask:
             self._rows = tokens, None if self.padding is None else Rows.of(self.padding[:, -tokens:])
         return self._rows[1]
 
+    def contradicts(self, state: AttentionState) -> bool:
+        """
+        Whether other tokens are hidden among those in the cache than were when a layer's state read them. All layers read
+        the same, so that it is asked once. A draft model's state, which records, gets masks that are a token short.
+        """
+        if self._contradicts is None:
+            self._contradicts = False
+            if self.padding is not None and not torch.compiler.is_compiling():
+                earlier = self.padding[:, : state.seen - self.query_length]
+                read = torch.ones_like(earlier[:, : state.count]) if state.real is None else state.real
+                known = min(earlier.shape[1], read.shape[1])
+                self._contradicts = not torch.equal(earlier[:, :known], read[:, :known])
+        return self._contradicts
+
     def dense(self, implementation: str) -> Tensor | None:
-        """The mask that the attention function `implementation` of Transformers expects."""
+        """The mask that Transformers' attention function `implementation` expects; None where it has no kind of its own."""
         if implementation not in self._dense:
-            self._dense[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._arguments)
+            make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            self._dense[implementation] = None if make is None else make(**self._arguments)
         return self._dense[implementation]
 
 

@@ -3,7 +3,8 @@ Which classes a patched model is saved as and loaded by: `EfficientBertConfig` (
 `EfficientBert...` for every `AutoModelFor...` that BERT has, for every architecture of Transformers.
 
 They are made when they are first asked for and registered with the Auto classes. A reader without this library gets
-Transformers' own "unrecognized model type" instead of a silently dense model.
+Transformers' own "unrecognized model type" instead of a silently dense model. Classes that are given by name, such as
+`BertForMaskedLM.from_pretrained`, stay dense.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ class StateMixin:
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache = cache_argument((), model_kwargs)  # "past_key_values" until Transformers 5.23, "cache" since
+        own = getattr(cache, "self_attention_cache", cache)
+        fixed = own is not None and own.layer_class_to_replicate is None
         for module in self.modules():
-            if isinstance(module, PatchedForward) and module.efficient_attn.host.causal:
+            if not isinstance(module, PatchedForward) or not module.efficient_attn.host.causal:
+                continue
+            if not fixed or module.layer_idx < len(own.layers):  # a draft by the first layers has no others
                 layer_state(module, cache)
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
@@ -160,11 +165,12 @@ def release(model: PreTrainedModel, kind: str | None = None) -> None:
             left = saved_form((layers, c) for layers, c in entries if get_info(c["variant"]).kind != kind)
             setattr(model.config, FIELD, left)
         return
-    if isinstance(model.config, EfficientConfigMixin):
-        model.config.__dict__.pop(FIELD, None)
-        model.config.__class__ = model.config.dense_class
-    if isinstance(model, (EfficientModelMixin, ForeignModelMixin)):
-        model.__class__ = model.dense_class
+    for part in _models(model):  # also those that were patched before they became part of the model
+        if isinstance(part.config, EfficientConfigMixin):
+            part.config.__dict__.pop(FIELD, None)
+            part.config.__class__ = part.config.dense_class
+        if isinstance(part, (EfficientModelMixin, ForeignModelMixin)):
+            part.__class__ = part.dense_class
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

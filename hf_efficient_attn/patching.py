@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import VariantConfig
 from .dispatch import CHILD
@@ -60,8 +62,25 @@ def patch_model(
             )
     else:
         choices = {as_key(layers): make_config(variant, hyper)}
+    if base.base_model is base and (whole := _whole_of(base)) is not None:
+        raise ValueError(
+            f"this {type(base).__name__} is part of a {type(whole).__name__}, which would be saved as a dense model: patch the "
+            f"{type(whole).__name__} and choose among its layers with `layers=`, or patch a part before it is built in."
+        )
     adopt(base, choices, model)
     return model
+
+
+def _whole_of(base: PreTrainedModel) -> PreTrainedModel | None:
+    """A Transformers model that `base` is a part of. A module does not know who holds it, so all models are asked."""
+
+    def holds(x: object) -> bool:
+        return issubclass(type(x), PreTrainedModel) and x is not base and any(part is base for part in x.modules())
+
+    if not any(map(holds, gc.get_objects())):
+        return None
+    gc.collect()  # one that nobody uses any more does not count
+    return next(filter(holds, gc.get_objects()), None)
 
 
 def unpatch_model(model: Model) -> Model:

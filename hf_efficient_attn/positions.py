@@ -10,6 +10,7 @@ from torch import nn
 from .hosts import base_model, position_tables
 
 Model = TypeVar("Model", bound=nn.Module)
+LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 BUFFERS = ("position_ids", "token_type_ids")  # (1, positions) buffers beside a table, made from its length
 
 
@@ -40,9 +41,16 @@ def extend_positions(model: Model, max_length: int, tokenizer: Any = None) -> Mo
     reach = min(table.module.num_embeddings - table.offset for table in tables)
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length <= reach:
         raise ValueError(f"max_length = {max_length!r}: {type(base).__name__} reads {reach} tokens already; give more.")
+    for name, module in base.named_modules():
+        if any(buffer.shape[-2:] == (reach, reach) for buffer in module.buffers(recurse=False)):
+            raise ValueError(
+                f"{type(base).__name__} keeps a mask of {reach} x {reach} tokens in {name!r} and could not read more; load it "
+                "with a longer limit in its config."
+            )
     for table in tables:
-        _extend(base, table.name, table.module, table.offset, max_length)
-    _raise_limits(base, reach, max_length)
+        if table.module.num_embeddings - table.offset < max_length:
+            _extend(base, table.name, table.module, table.offset, max_length)
+    _raise_limits(base, reach, max(table.offset for table in tables), max_length)
     if tokenizer is not None:
         tokenizer.model_max_length = max_length
     return model
@@ -68,13 +76,12 @@ def _extend(model: nn.Module, name: str, table: nn.Embedding, offset: int, max_l
             owner.register_buffer(buffer, new.expand(1, -1), persistent=persistent)
 
 
-def _raise_limits(model: nn.Module, reach: int, max_length: int) -> None:
-    """Every config in the model that states the old limit, counted with or without the rows that stand for no position."""
-    seen = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is None or any(config is other for other in seen):
-            continue
-        seen.append(config)
-        config.max_position_embeddings = max_length + max(limit - reach, 0)
+def _raise_limits(model: nn.Module, reach: int, offset: int, max_length: int) -> None:
+    """Every config in the model that states a lower limit, counted with or without the rows that stand for no position."""
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        for name in LIMITS:
+            limit = getattr(config, name, None)
+            if isinstance(limit, int):
+                beside = min(max(limit - reach, 0), offset)
+                if limit - beside < max_length:
+                    setattr(config, name, max_length + beside)

@@ -75,6 +75,7 @@ def parse_layers(layers: Layers, count: int) -> list[int]:
         numbers = list(layers)
     else:
         numbers = [layers]
+    numbers = [n.__index__() if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in numbers]
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
             raise ValueError(f"layer {number!r} does not exist: the model has attention layers 0 to {count - 1}.")
@@ -235,9 +236,12 @@ def _dispatch(model: PreTrainedModel, outer: nn.Module) -> None:
     modules = dispatching_modules(model)
     _own_configs(outer)
     previous = {name: module.config._attn_implementation for name, module in modules.items()}
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    of_parts = {name: part.config._attn_implementation for name, part in parts.items()}
     model.set_attn_implementation(NAME)
     stayed = [name for name, module in modules.items() if module.config._attn_implementation != NAME]
     if stayed:
+        _set_implementations(parts, of_parts)
         _set_implementations(modules, previous)
         raise ValueError(
             f"{type(model).__name__} keeps its own attention implementation in {stayed[0]}; it cannot be patched."
@@ -265,7 +269,7 @@ def revert_layers(model: PreTrainedModel, kind: str | None = None) -> None:
             module.__dict__.pop(FEED_FORWARD, None)
     if is_patched(model):
         return
-    modules = dispatching_modules(model)
+    modules = {name: module for name, module in dispatching_modules(model).items() if hasattr(module, PREVIOUS)}
     previous = {name: getattr(module, PREVIOUS) for name, module in modules.items()}
     for module in modules.values():
         delattr(module, PREVIOUS)

@@ -252,3 +252,28 @@ def test_rows_are_picked_from_any_layout():
         with torch.no_grad():
             assert torch.equal(pick(x, slots), expected)
         assert torch.equal(pick(x, slots), expected)
+
+
+@torch.no_grad()
+def test_padding_that_begins_in_a_call_of_which_part_is_taken_back():
+    """All tokens are real until a recorded call brings some that are not."""
+    model, ids = decoder("flash"), ZOO["llama"].inputs(2, 40)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 12:15] = 0
+    expected, cache = model(ids, attention_mask=mask).logits, DynamicCache()
+
+    def read(begin: int, end: int) -> torch.Tensor:
+        return model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+
+    read(0, 10)
+    cache.activate_past_recording()
+    read(10, 20)
+    cache.crop(-3)
+    for layer in cache.layers:
+        layer.record_past = False
+    read(17, 24)
+    read(24, 30)
+    assert cache.layers[0].real.shape == (2, 30)
+    cache.crop(-10)
+    assert cache.layers[0].count.tolist() == [20, 17]
+    assert_close(read(20, 40), expected[:, 20:])

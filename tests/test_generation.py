@@ -240,3 +240,30 @@ def test_tokens_to_take_back_counted_by_a_tensor():
         logits.append(model(ids[:, 11:], past_key_values=cache).logits)
     assert torch.equal(*logits)
     assert (logits[0] - model(ids).logits[:, 11:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_draft_by_the_first_layers(variant: str):
+    """A model drafts for itself by its first layer, with a cache of one layer."""
+    model, inputs = patched_decoder("llama", variant), row(ZOO["llama"].inputs(length=13), 0)
+    assert torch.equal(generated(model, inputs, assistant_early_exit=1), generated(model, inputs))
+
+
+def test_a_mask_that_hides_what_the_cache_has_read_raises():
+    """Attention cannot forget these tokens, and dense attention would."""
+    model, inputs = patched_decoder("llama"), ZOO["llama"].inputs(length=20)
+    ids, mask = inputs["input_ids"], torch.ones_like(inputs["input_ids"])
+
+    def second(first_mask: Tensor, mask: Tensor) -> Tensor:
+        cache = DynamicCache()
+        model(ids[:, :12], attention_mask=first_mask[:, :12], past_key_values=cache)
+        position = torch.arange(12, 20)[None]
+        return model(ids[:, 12:], attention_mask=mask, past_key_values=cache, position_ids=position).logits
+
+    hidden = mask.clone()
+    hidden[0, 3:7] = 0
+    assert torch.isfinite(second(mask, mask)).all()
+    assert torch.isfinite(second(hidden, hidden)).all()
+    for before, now in ((mask, hidden), (hidden, hidden.flip(1))):
+        with pytest.raises(ValueError, match="hides other tokens of the cache"):
+            second(before, now)

@@ -7,16 +7,29 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    DynamicCache,
+    EncoderDecoderModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from zoo import ZOO
 
 import hf_efficient_attn as hea
 from hf_efficient_attn import patch_model, patched, unpatch_model
+from hf_efficient_attn.swapping import is_patched
 
 DECODERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2_nocap", "phi3")
 
@@ -117,7 +130,7 @@ def test_wrong_layers(layers: Any, match: str):
     ("layers", "expected"),
     [
         (None, [0, 1, 2, 3]), (2, [2]), ([3, 0], [0, 3]), ((1,), [1]), (range(1, 3), [1, 2]), ("1-2", [1, 2]), ("2-", [2, 3]),
-        ("0,2-3", [0, 2, 3]), (" 0 , 1 - 2 ", [0, 1, 2]), ("3", [3]),
+        ("0,2-3", [0, 2, 3]), (" 0 , 1 - 2 ", [0, 1, 2]), ("3", [3]), (np.arange(2), [0, 1]), (torch.tensor([3]), [3]),
     ],
 )  # fmt: skip
 def test_layers(layers: Any, expected: list[int]):
@@ -506,3 +519,59 @@ def test_importing_and_patching_log_nothing(caplog: pytest.LogCaptureFixture):
         finally:
             logging.getLogger("transformers").removeHandler(caplog.handler)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_part_of_a_model_is_not_patched_alone(name: str):
+    """The whole would be saved without its patch, and come back dense."""
+    model = ZOO[name].build()
+    part, before = model.base_model, type(model.base_model)
+    with pytest.raises(ValueError, match=f"is part of a {type(model).__name__}"):
+        patch_model(part, "flash")
+    assert type(part) is before and not is_patched(model)
+    del model
+    assert is_patched(patch_model(part, "flash"))
+
+
+def test_parts_that_were_patched_before_become_dense_with_the_whole():
+    part = patch_model(ZOO["bart"].build().model, "flash")
+    whole = ZOO["bart"].build()
+    whole.model = part
+    unpatch_model(whole)
+    assert not is_patched(whole) and type(part).__name__ == "BartModel" and type(part.config).__name__ == "BartConfig"
+    inputs = ZOO["bart"].inputs(2, 9)
+    assert torch.isfinite(whole(**inputs).logits).all()
+
+
+def test_a_refused_pair_is_as_before():
+    """Encoder and decoder with configs of their own, which dispatching does not reach."""
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    decoder = BertLMHeadModel(BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
+    model = EncoderDecoderModel(encoder=BertModel(BertConfig(**sizes)), decoder=decoder).eval()
+    ids = torch.randint(1, 50, (1, 7))
+    before = model(input_ids=ids, decoder_input_ids=ids).logits
+    refuses(model, "keeps its own attention implementation", "flash")
+    assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, before)
+
+
+def test_an_attention_function_of_the_user_beside_a_patched_layer():
+    calls = []
+
+    def plain(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        calls.append(attention_mask)
+        value, key = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (value, key))
+        return sdpa(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+
+    AttentionInterface.register("plain", plain)
+    model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs(1, 9)
+    model.set_attn_implementation("plain")
+    before = model(**inputs).logits
+    patch_model(model, "flash", layers=[0])
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
+    assert len(calls) == 3

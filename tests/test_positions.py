@@ -163,3 +163,53 @@ def test_length_that_is_no_extension(max_length: object):
         extend_positions(model, max_length)
     assert {name: x.shape for name, x in model.state_dict().items()} == before
     assert model.config.max_position_embeddings == OLD
+
+
+def test_longer_tables_and_those_of_no_token_stay():
+    """A decoder that reads more already, places on a page, and an encoder of pictures."""
+    sizes = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "attention_window": [4]}
+    led = transformers.LEDModel(
+        transformers.LEDConfig(**sizes, max_encoder_position_embeddings=64, max_decoder_position_embeddings=16)
+    )
+    extend_positions(led, 32)
+    assert [table.module.num_embeddings for table in position_tables(led)] == [64, 32]
+    assert (led.config.max_encoder_position_embeddings, led.config.max_decoder_position_embeddings) == (64, 32)
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    page = transformers.LayoutLMModel(
+        transformers.LayoutLMConfig(vocab_size=50, max_position_embeddings=16, max_2d_position_embeddings=64, **small)
+    )
+    extend_positions(page, 32)
+    assert page.embeddings.x_position_embeddings.num_embeddings == 64
+    assert page.embeddings.position_embeddings.num_embeddings == page.config.max_position_embeddings == 32
+
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={"vocab_size": 50, "max_position_embeddings": 16, **small},
+            vision_config={"image_size": 8, "patch_size": 4, **small},
+        )
+    )
+    extend_positions(clip, 32)
+    text = {"input_ids": torch.randint(3, 40, (1, 30)), "pixel_values": torch.randn(1, 3, 8, 8)}
+    assert torch.isfinite(clip(**text).logits_per_image).all()
+
+
+def test_what_cannot_be_extended_says_so():
+    sinusoids = transformers.MarianMTModel(
+        transformers.MarianConfig(
+            vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=16, pad_token_id=0,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no table to extend"):
+        extend_positions(sinusoids, 32)
+    masks = transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
+            max_position_embeddings=16, intermediate_size=16,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="keeps a mask of 16 x 16"):
+        extend_positions(masks, 32)
+    assert masks.transformer.wpe.num_embeddings == masks.config.max_position_embeddings == 16
