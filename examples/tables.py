@@ -7,7 +7,7 @@ Tables of README.md and docs/ are made from results files.
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`; without labels all rows are shown. KINDs:
 
 - `decoders_2048`, `decoders_8192`: results of examples/perplexity.py; `encoders_2048`, `authors_2048`: of embeddings.py;
-  `passkey`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py and decoding.py
+  `passkey`, `passkey_blocks`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py and decoding.py
 - `kernels`: the label is a file of results of benchmarks/attention.py, beside which `..._pytorch` has those without kernels
 - `finetune`: the label is a folder of results of examples/finetune.py
 - `choose`: the label is a file of results of examples/choose.py or choose_encoder.py
@@ -98,13 +98,13 @@ def _encoders(name: str, labels: list[str]) -> str:
 
 
 def _passkey(name: str, labels: list[str]) -> str:
-    results = json.loads((ROOT / "results" / "passkey.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
     found = {(row["label"], row["length"]): row for row in results["rows"]}
     lengths = sorted({length for _, length in found})
     lines = [["variant", *(f"{length:,}" for length in lengths)]]
     for label in labels or dict.fromkeys(label for label, _ in found):
         rows = [found[label, length] for length in lengths]
-        lines.append([f"`{label}`", *(row.get("error") or f"{row['found']:.1f} ({row['tokens']:.2f})" for row in rows)])
+        lines.append([f"`{label}`", *(row.get("error") or f"{row['found']:.2f} ({row['tokens']:.2f})" for row in rows)])
     said = "Share of numbers found (of their digits, each after the right ones before it), untrained, by length."
     return _table(lines) + f"\n{said} Made by `{results['command']}`.\n"
 
@@ -192,6 +192,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "encoders_2048": _encoders,
     "authors_2048": _encoders,
     "passkey": _passkey,
+    "passkey_blocks": _passkey,
     "finetune": _finetune,
     "choose": _choose,
     "speed": _speed,
