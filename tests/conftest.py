@@ -21,6 +21,8 @@ import numpy
 import pytest
 import torch
 
+from hf_efficient_attn import kernels
+
 # Workers of pytest-xdist share the cores; a lone process may have two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
@@ -83,3 +85,13 @@ def fixed_seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the compiled kernels' functions that the test calls."""
+    names, call = [], kernels.call
+    monkeypatch.setattr(
+        kernels, "call", lambda function, *args: names.append(function.__name__) or call(function, *args)
+    )
+    return names

@@ -35,15 +35,6 @@ def results(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), args)]
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    names, call = [], kernels.call
-    monkeypatch.setattr(
-        kernels, "call", lambda function, *args: names.append(function.__name__) or call(function, *args)
-    )
-    return names
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("length", [2, 33, 64, 257, 600])
 def test_the_kernel_is_the_scan(calls, length, kv_heads) -> None:

@@ -39,12 +39,7 @@ def results(causal: bool, padded: bool, dim: int, size: int, scale=1.0, dtype=to
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("dim", "size"), [(64, 64), (16, 16), (80, 32), (32, 48)])
-def test_chosen_blocks_equal_batched_products(monkeypatch, causal, padded, dim, size) -> None:
-    calls = []
-    run = kernels.call
-    monkeypatch.setattr(
-        kernels, "call", lambda function, *args: calls.append(function.__name__) or run(function, *args)
-    )
+def test_chosen_blocks_equal_batched_products(monkeypatch, calls, causal, padded, dim, size) -> None:
     ours = results(causal, padded, dim, size)
     assert {"sort_pairs", "blocks_forward", "blocks_backward", "choose_blocks"} <= set(calls)
     monkeypatch.setenv("HF_EFFICIENT_ATTN_KERNELS", "0")
@@ -69,16 +64,12 @@ def test_large_logits_do_not_overflow(causal) -> None:
 @needs_compiler
 @pytest.mark.parametrize("config", [TopkBlocksConfig(block_size=16, top_k=4), BigBirdConfig(block_size=16)])
 @pytest.mark.parametrize("splits", [(333,), (40, 293), (100, 1, 232)])
-def test_later_calls_of_many_tokens(monkeypatch, config, splits) -> None:
+def test_later_calls_of_many_tokens(calls, config, splits) -> None:
     """Rows of a batch that stand at different positions, in blocks that earlier calls began."""
     module = build(config, HostShape(6, 2, 32, 192, True))
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(3, heads, 333, 32, generator=g) for heads in (6, 2, 2)]
     padding = torch.arange(333) >= torch.tensor([0, 21, 90])[:, None]
-    calls, run = [], kernels.call
-    monkeypatch.setattr(
-        kernels, "call", lambda function, *args: calls.append(function.__name__) or run(function, *args)
-    )
     with torch.no_grad():
         with kernels.off():
             want = module(*inputs, padding=padding, scaling=0.2, causal=True)
@@ -183,13 +174,11 @@ def test_queries_and_values_in_different_precisions(config) -> None:
         (HedgehogConfig(window=20), "hybrid"),
     ],
 )
-def test_half_precision_is_widened(monkeypatch, config, name, dtype) -> None:
+def test_half_precision_is_widened(calls, config, name, dtype) -> None:
     """Forward and backward by the kernel, no further from double precision than PyTorch's operators in half precision."""
     module = build(config, HostShape(6, 2, 32, 192, True))
     g = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 100, 32, generator=g).to(dtype) for heads in (6, 2, 2)]
-    calls, run = [], kernels.call
-    monkeypatch.setattr(kernels, "call", lambda function, *a: calls.append(function.__name__) or run(function, *a))
 
     def results(dtype: torch.dtype) -> list[torch.Tensor]:
         own = [x.to(dtype).requires_grad_() for x in given]
