@@ -145,7 +145,7 @@ def _loading(results: dict[str, Any], repo_id: str | None) -> str:
         f'model = {auto_class}.from_pretrained("{repo_id or "user/name"}")',
     ]
     refusal = (
-        "Without the first line Transformers refuses the checkpoint. A class given by name, such as `BertForMaskedLM`, would "
+        "Without the first line Transformers refuses the checkpoint. A class given by name in place of the Auto class would "
         "load a dense model."
     )
     return "\n".join(["```python", *code, "```", "", refusal])

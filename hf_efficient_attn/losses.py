@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from .modes import evaluating
+
 IGNORED = -100  # the label of a position that is not predicted
 
 
@@ -103,13 +105,9 @@ def has_plain_head(model: nn.Module, input_ids: torch.Tensor, tokens: int = 16) 
     """
     if model.get_output_embeddings() is None or model.base_model is model:
         return False
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         probe = input_ids[:1, :tokens]
         logits = model(input_ids=probe, use_cache=False).logits
         hidden = model.base_model(input_ids=probe, use_cache=False)[0]
         plain = model.get_output_embeddings()(hidden)
-    finally:
-        model.train(training)
     return logits.shape == plain.shape and torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-3)

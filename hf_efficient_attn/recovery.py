@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from .dispatch import CHILD
 from .hosts import base_model, find_hosts
 from .losses import positions_at_once
+from .modes import evaluating
 from .ops.exact import exact_attention
 from .ops.rows import Rows
 from .swapping import Layers, is_patched, parse_layers
@@ -163,18 +164,6 @@ class Transfer:
             LayerError(number, name, variant.config.name, float(watch.error().detach()))
             for (number, name, variant), watch in zip(self._layers, self._watches, strict=True)
         ]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in eval mode; afterwards each module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _size(parameter: Tensor) -> float:

@@ -33,9 +33,10 @@ from . import measuring
 from .config import EfficientAttentionConfig
 from .hosts import base_model, find_hosts
 from .losses import causal_lm_losses, has_plain_head
+from .modes import evaluating
 from .ops.exact import exact_attention
 from .patching import STRATEGIES, as_key, patched
-from .recovery import evaluating, patched_layers
+from .recovery import patched_layers
 from .registry import available_variants, build, get_info
 from .swapping import Layers, make_config, parse_layers, plan
 from .variant import EfficientAttention, HostShape

@@ -241,7 +241,7 @@ def decode(module, args, splits, padding=None, after=None) -> Tensor:
         part = [x[:, :, begin:end] for x in args[:3]]
         state.update(part[1], part[2])
         mask = None if padding is None else padding[:, begin:end]
-        outputs.append(run(module, *part, args[3][:, begin:end], padding=mask, state=state))
+        outputs.append(run(module, *part, *(x[:, begin:end] for x in args[3:]), padding=mask, state=state))
         begin = end
         if after is not None:
             after(state, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import decode, run
 from torch import Tensor
 
 from hf_efficient_attn import HedgehogConfig, HostShape, kernels
@@ -72,27 +73,26 @@ def test_calls_of_any_length(calls, splits) -> None:
     module, args = layer(2, 40), inputs(333, 2)
     padding = torch.arange(333) >= torch.tensor([0, 40, 100])[:, None]
     with kernels.off():
-        want = module(*args, padding=padding, scaling=SCALING, causal=True)
-    state, outputs, done = module.make_state(), [], 0
-    for n in splits:
-        part = [x[:, :, done : done + n] for x in args]
-        own = padding[:, done : done + n]
-        done += n
-        state.update(*part[1:])
-        outputs.append(module(*part, padding=own, state=state, scaling=SCALING, causal=True))
+        want = run(module, *args, padding=padding)
+    got = decode(module, args, splits, padding)
     assert calls.count("hybrid_forward") == 6 * len([n for n in splits if n > 1])
-    torch.testing.assert_close(torch.cat(outputs, 2), want, atol=1e-5, rtol=1e-4)
-    part = [x[:, :, :5] for x in args]
-    state.update(*part[1:])
-    with kernels.off():  # what the kernel left serves PyTorch's operators, and the other way round
-        module(*part, state=state, scaling=SCALING, causal=True)
-    state.update(*part[1:])
-    after = module(*part, state=state, scaling=SCALING, causal=True)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_one_leaves_serves_the_other(calls, monkeypatch) -> None:
+    """The kernel, PyTorch's operators and the kernel again."""
+    module, args = layer(2, 40), inputs(333, 2)
+    padding = torch.arange(333) >= torch.tensor([0, 40, 100])[:, None]
     with kernels.off():
-        longer = [torch.cat([x, x[:, :, :5], x[:, :, :5]], 2) for x in args]
-        real = torch.cat([padding, torch.ones(3, 10) > 0], 1)
-        whole = module(*longer, padding=real, scaling=SCALING, causal=True)
-    torch.testing.assert_close(after, whole[:, :, 338:], atol=1e-5, rtol=1e-4)
+        want = run(module, *args, padding=padding)
+
+    def switch(state, end: int) -> None:
+        monkeypatch.setenv("HF_EFFICIENT_ATTN_KERNELS", "0" if end == 100 else "1")
+
+    got = decode(module, args, (100, 133, 100), padding, after=switch)
+    assert calls.count("hybrid_forward") == 12
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_what_needs_a_gradient_through_the_state_is_left_to_the_scan(calls) -> None:

@@ -11,8 +11,8 @@ import hf_efficient_attn
 
 PACKAGE = Path(hf_efficient_attn.__file__).parent
 ORDER = [  # a module may import from those before it
-    {"version", "config", "caching", "losses", "auxiliary", "kernels"},
-    {"ops"},
+    {"version", "config", "caching", "modes", "auxiliary", "kernels"},
+    {"ops", "losses"},
     {"variant"},
     {"registry"},
     {"variants"},

@@ -101,7 +101,7 @@ def attend_linearly(
     weights: Weights | None = None,
 ) -> Tensor:
     """`linear_attention` for a variant whose decoder state is the sums alone."""
-    before = None if state is None else stored_sums(state)
+    before = stored_sums(state)
     output, after = linear_attention(
         query, key, value, features, causal=causal, lengths=lengths, before=before, weights=weights
     )
@@ -110,9 +110,10 @@ def attend_linearly(
     return output
 
 
-def stored_sums(state: AttentionState) -> Sums | None:
-    """What earlier calls left under "total" and "top"."""
-    return Sums(state.entries["total"], state.entries["top"]) if "total" in state.entries else None
+def stored_sums(state: AttentionState | None) -> Sums | None:
+    """What earlier calls left under "total" and "top", if there were any."""
+    entries = {} if state is None else state.entries
+    return Sums(entries["total"], entries["top"]) if "total" in entries else None
 
 
 @torch.compiler.disable

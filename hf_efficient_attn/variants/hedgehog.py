@@ -93,7 +93,7 @@ class HedgehogAttention(EfficientAttention):
         if not causal:
             return self._encode(query, key, value, features, gate, lengths, scaling)
         context = remember(state, key, value, Band(w + 1), num_sinks=self.config.num_sinks, lengths=lengths)
-        before = None if state is None else stored_sums(state)
+        before = stored_sums(state)
         if has_kernel(query, state):
             options = {"lengths": lengths, "before": before, "scaling": scaling}
             output, after = hybrid_decoder(query, context, w, maps, gate, **options)

@@ -112,7 +112,7 @@ class PerformerAttention(EfficientAttention):
         """Softmax attention, by the compiled kernel where it can do this."""
         maps = directions * math.sqrt(scaling)
         if causal and has_kernel(query, maps, state):
-            before = None if state is None else stored_sums(state)
+            before = stored_sums(state)
             output, after = exponential_attention(query, key, value, maps, scaling / 2, lengths=lengths, before=before)
             if state is not None:
                 state.entries.update(total=after.total, top=after.top)
