@@ -14,6 +14,8 @@ from hf_efficient_attn.variants.transformer_xl import TransformerXLConfig
 CONFIGS = [
     BlockConfig(block_size=3, num_sinks=7),
     BlockConfig(block_size=1, num_sinks=0),
+    BlockConfig(block_size=4, global_tokens=1),
+    BlockConfig(block_size=3, global_tokens=8),
     SlidingWindowConfig(window=1, num_sinks=3),
     SlidingWindowConfig(window=3, num_sinks=6, global_tokens=9),
     SlidingWindowConfig(window=30, global_tokens=2),
@@ -23,6 +25,9 @@ CONFIGS = [
     TransformerXLConfig(segment_size=6, memory_size=6, num_sinks=8),
     TransformerXLConfig(segment_size=4, memory_size=9, num_sinks=0),
     TransformerXLConfig(segment_size=7, memory_size=0, num_sinks=3),
+    TransformerXLConfig(segment_size=4, memory_size=2, global_tokens=1),
+    TransformerXLConfig(segment_size=3, memory_size=5, global_tokens=7),
+    TransformerXLConfig(segment_size=20, memory_size=3, global_tokens=24),
 ]
 
 

@@ -19,13 +19,13 @@ SCALING = D**-0.5
 
 # Small settings that must differ from dense, and settings that must equal it for any N up to 13.
 SMALL = {
-    "block": [as_config("block", block_size=4, num_sinks=1)],
+    "block": [as_config("block", block_size=4, num_sinks=1, global_tokens=1)],
     "strided": [as_config("strided", stride=3, local_size=2, num_sinks=1)],
     "sliding_window": [
         as_config("sliding_window", window=2, dilation=1, num_sinks=1, global_tokens=0),
         as_config("sliding_window", window=2, dilation=[1, 2], num_sinks=1, global_tokens=2),
     ],
-    "transformer_xl": [as_config("transformer_xl", segment_size=3, memory_size=2, num_sinks=1)],
+    "transformer_xl": [as_config("transformer_xl", segment_size=3, memory_size=2, num_sinks=1, global_tokens=1)],
     "topk_blocks": [
         as_config("topk_blocks", block_size=2, top_k=3, summary=summary, share_group=share, query_block=width)
         for summary, share, width in itertools.product(["mean", "minmax"], [False, True], [0, 2])
@@ -40,7 +40,7 @@ SMALL["combined"] = [as_config("combined", parts=[[SMALL["block"][0], 0.5], [SMA
 
 DENSE = {
     "flash": [as_config("flash")],
-    "block": [as_config("block", block_size=16, num_sinks=n) for n in (0, 4)],
+    "block": [as_config("block", block_size=16, num_sinks=n, global_tokens=0) for n in (0, 4)],
     "strided": [as_config("strided", stride=1, local_size=1, num_sinks=0)],
     "sliding_window": [
         as_config("sliding_window", window=13, dilation=1, num_sinks=n, global_tokens=0) for n in (0, 4)
@@ -52,11 +52,11 @@ DENSE = {
 }
 DENSE["combined"] = [as_config("combined", parts=[[DENSE["block"][0], 1], [DENSE["strided"][0], 1]])]
 DENSE_DECODER = DENSE | {
-    "transformer_xl": [as_config("transformer_xl", segment_size=3, memory_size=13, num_sinks=0)],
+    "transformer_xl": [as_config("transformer_xl", segment_size=3, memory_size=13, num_sinks=0, global_tokens=0)],
     "linformer": [as_config("linformer", rank=4, max_length=16, segment_size=13, exact_segments=0, num_sinks=0)],
 }
 DENSE_ENCODER = DENSE | {
-    "transformer_xl": [as_config("transformer_xl", segment_size=13, memory_size=0, num_sinks=0)],
+    "transformer_xl": [as_config("transformer_xl", segment_size=13, memory_size=0, num_sinks=0, global_tokens=0)],
     "linformer": [as_config("linformer", rank=16, max_length=16)],
 }
 CASES = [(config, causal) for configs in SMALL.values() for config in configs for causal in (True, False)]
@@ -223,10 +223,14 @@ def test_gradients_agree_with_finite_differences(config, causal):
 
 
 def test_block_sees():
-    decoder = seen(as_config("block", block_size=4, num_sinks=2), True, 10)
+    config = as_config("block", block_size=4, num_sinks=2, global_tokens=0)
+    decoder, encoder = seen(config, True, 10), seen(config, False, 10)
     assert [decoder[t] for t in (0, 3, 4, 9)] == [{0}, {0, 1, 2, 3}, {0, 1, 4}, {0, 1, 8, 9}]
-    encoder = seen(as_config("block", block_size=4, num_sinks=2), False, 10)
     assert [encoder[t] for t in (0, 5, 8)] == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9}]
+    config.global_tokens = 1
+    assert seen(config, True, 10) == decoder
+    encoder = seen(config, False, 10)
+    assert [encoder[t] for t in (0, 1, 5, 8)] == [set(range(10)), {0, 1, 2, 3}, {0, 4, 5, 6, 7}, {0, 8, 9}]
 
 
 def test_strided_sees():
@@ -246,10 +250,11 @@ def test_sliding_window_sees():
 
 
 def test_transformer_xl_sees():
-    config = as_config("transformer_xl", segment_size=4, memory_size=3, num_sinks=1)
+    config = as_config("transformer_xl", segment_size=4, memory_size=3, num_sinks=1, global_tokens=2)
     assert seen(config, True)[9] == {0, 5, 6, 7, 8, 9}
     assert seen(config, True)[2] == {0, 1, 2}
-    assert seen(config, False)[9] == {5, 6, 7, 8, 9, 10, 11}
+    assert seen(config, False)[9] == {0, 1, 5, 6, 7, 8, 9, 10, 11}
+    assert seen(config, False)[1] == set(range(N))
 
 
 def test_combined_gives_whole_groups_to_its_parts():

@@ -45,9 +45,12 @@ ENCODERS = [
     (32, 130, ClusterFormerConfig(num_clusters=3, window=20)),
     (16, 259, TransformerXLConfig(segment_size=20, memory_size=50)),
     (64, 333, TransformerXLConfig(segment_size=100, memory_size=30)),
+    (64, 333, TransformerXLConfig(segment_size=20, memory_size=30, global_tokens=71)),
+    (16, 259, BlockConfig(block_size=50, global_tokens=1)),
     (64, 333, CompressiveConfig(segment_size=16, memory_size=32, compressed_size=11, compression_rate=4)),
     (16, 200, CompressiveConfig(segment_size=30, memory_size=0, compressed_size=70, compression_rate=3)),
     (32, 130, CompressiveConfig(segment_size=20, memory_size=50, compressed_size=9, compression_rate=2)),
+    (16, 200, CompressiveConfig(segment_size=6, memory_size=9, compression_rate=3, compression="max", global_tokens=5)),
 ]
 
 

@@ -475,20 +475,22 @@ def segment_encoder(
     value: Tensor,
     pattern: Segments,
     *,
+    global_tokens: int = 0,
     lengths: Tensor | None,
     far: Part | None = None,
     **options,
 ) -> Tensor:
     """
-    Token t of segment s sees its whole segment and the memory before it; `lengths` (B,) or None as everywhere. `far` is a
-    part that joins them, for queries behind the first segment. query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D).
+    Token t of segment s sees its whole segment, the memory before it and the first `global_tokens` tokens, each once; those
+    see all tokens. `lengths` (B,) or None as everywhere. `far` is a part that joins them, for queries behind the first
+    segment. query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D).
     """
-    (batch, n), b = key.shape[0::2], pattern.block
-    if n <= b:
+    (batch, n), b, everyone = key.shape[0::2], pattern.block, global_tokens
+    if n <= max(b, everyone):
         return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
-    if pattern.memory and far is None and has_kernel(query, options["dropout"]):
-        tiles = segment_tiles(n, pattern)
-        return range_encoder(query, key, value, tiles, lengths=lengths, scaling=options["scaling"])
+    if (pattern.memory or everyone) and far is None and has_kernel(query, options["dropout"]):
+        tiles = segment_tiles(n, pattern, everyone)
+        return range_encoder(query, key, value, tiles, lead=everyone, lengths=lengths, scaling=options["scaling"])
     parts = []
     early = range(0, min(pattern.before, n), b)  # segments with less before them than the memory
     for blocks in [
@@ -500,8 +502,19 @@ def segment_encoder(
         parts.append(blocks.part(key, value, back=back, mask=used))
     if far is not None:
         parts.append(far)
-    if pattern.memory or far is not None:
-        return joint_attention(query, parts, **options)
+    if everyone:
+        first, j = pattern.far_from(1), torch.arange(everyone, device=key.device)
+
+        def outside(begin: int, end: int) -> Tensor:
+            return ~pattern.near(torch.arange(begin, end, device=key.device)[:, None], j)[None, None]
+
+        parts += Shared(key, value, everyone, outside, first, pattern.far_from(everyone)).parts(n)
+    if pattern.memory or everyone or far is not None:
+        output = joint_attention(query, parts, **options)
+        if not everyone:
+            return output
+        first = exact_attention(query[:, :, :everyone], key, value, lengths=lengths, causal=False, **options)
+        return torch.cat([first, output[:, :, everyone:]], 2)
     outputs = []
     for part in parts:
         tiles = part.arrange(query[:, :, slice(*part.span)]), part.gather(key), part.gather(value)
@@ -510,13 +523,17 @@ def segment_encoder(
 
 
 def segment_tiles(
-    n: int, pattern: Segments, seen: Callable[[int], tuple[int, int]] = lambda exact: (0, 0)
+    n: int, pattern: Segments, everyone: int, seen: Callable[[int], tuple[int, int]] = lambda exact: (0, 0)
 ) -> list[Tile]:
-    """What `segment_encoder`'s n queries see. seen(exact): begin and end of the slots, as for `range_decoder`."""
-    tiles = []
-    for low in range(0, n, pattern.block):
+    """
+    What `segment_encoder`'s n queries see, of which the first `everyone` < n are global. seen(exact): begin and end of the
+    slots, as for `range_decoder`.
+    """
+    tiles = [Tile(0, everyone, 0, n, n, 0, 0, 0)] if everyone else []
+    for low in range(everyone // pattern.block * pattern.block, n, pattern.block):
         exact, high = max(low - pattern.memory, 0), min(low + pattern.block, n)
-        tiles.append(Tile(low, high, exact, high, n, 0, *seen(exact)))
+        slots = (everyone + slot for slot in seen(exact))
+        tiles.append(Tile(max(low, everyone), high, exact, high, n, min(exact, everyone), *slots))
     return tiles
 
 

@@ -1,7 +1,8 @@
 """
 `compressive`: segments of b tokens with a memory of the m tokens before them, and a compressed memory of what fell out of
 that. Every c = `compression_rate` tokens [j c, (j + 1) c) become one slot j. Token t of segment s attends, in one softmax, to
-    its own segment, in a decoder up to itself, and [s b - m, s b); in a decoder also to the first `num_sinks` tokens,
+    its own segment, in a decoder up to itself, and [s b - m, s b); in a decoder also to the first `num_sinks` tokens, in
+        an encoder to the first `global_tokens`, which attend to all tokens themselves and to no slot,
     the newest `compressed_size` of the slots that lie wholly before s b - m; in a decoder their logits get a bias.
 
 Paper: Rae et al. 2019, Compressive Transformers, arXiv:1911.05507. A slot is the mean of its tokens' keys and values, the
@@ -14,9 +15,10 @@ Parameters: in a decoder `slot_bias`, one per query head, zero at the start; wit
 which start as the mean.
 
 From the paper: positions are the host's own, keys and values are compressed instead of hidden states, and the convolution is
-trained by the model's loss alone, without the paper's reconstruction loss. Sinks are ours; they stay out of the slots: the
-mean and the maximum are over a slot's other tokens, a convolution is scaled to their number, and a slot without any is not
-seen. In models that rotate keys a mean over many tokens blurs their high frequencies: prefer a low rate there.
+trained by the model's loss alone, without the paper's reconstruction loss. Sinks and global tokens are ours; they stay out
+of the slots: the mean and the maximum are over a slot's other tokens, a convolution is scaled to their number, and a slot
+without any is not seen. In models that rotate keys a mean over many tokens blurs their high frequencies: prefer a low rate
+there.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class CompressiveConfig(EfficientAttentionConfig):
     compression_rate: int = option(4, "tokens per slot", minimum=1)
     compression: str = option("mean", "how tokens become a slot", choices=("mean", "max", "conv"))
     num_sinks: int = option(4, "first tokens that every later one sees, in decoders", minimum=0)
+    global_tokens: int = option(0, "first tokens that see all and that all see, in encoders", minimum=0)
 
     def validate(self) -> None:
         for field in ("segment_size", "memory_size"):
@@ -71,12 +74,13 @@ class CompressiveConfig(EfficientAttentionConfig):
 
     @classmethod
     def variations(cls, causal: bool) -> list[CompressiveConfig]:
-        sizes = {"segment_size": 6, "memory_size": 3, "compression_rate": 3}
+        sizes, kinds = {"segment_size": 6, "memory_size": 3, "compression_rate": 3}, ("mean", "max", "conv")
         return [
             cls(compression="max", compressed_size=1, **sizes),
             cls(compression="conv", compressed_size=3, num_sinks=5, **sizes),
             cls(segment_size=4, memory_size=0, compression_rate=2, compressed_size=20, num_sinks=0),
             cls(segment_size=2, memory_size=4, compression_rate=1, compressed_size=2),
+            *([] if causal else [cls(compression=kind, compressed_size=2, global_tokens=5, **sizes) for kind in kinds]),
         ]
 
     @classmethod
@@ -91,6 +95,7 @@ class CompressiveConfig(EfficientAttentionConfig):
             segment_size=self.segment_size,
             memory_size=self.memory_size,
             num_sinks=self.num_sinks,
+            global_tokens=self.global_tokens,
             dense_below=self.dense_below,
         )
 
@@ -120,15 +125,19 @@ class CompressiveAttention(EfficientAttention):
         b, m, c = config.segment_size, config.memory_size, config.compression_rate
         pattern = Segments(b, m)
         if not causal:
-            first, far = (m // b + 1) * b, None  # earlier segments see no slot
-            if n > first:
+            first, far, everyone = (m // b + 1) * b, None, config.global_tokens  # earlier segments see no slot
+            if n > max(first, everyone):
                 complete = (x[:, :, : n // b * b].unflatten(2, (-1, b)) for x in (key, value))
-                slots = _Slots(config, *(x.flatten(2, 3) for x in self.summarise(*complete, None)), 0, 0)
+                real = (torch.arange(n // b * b, device=key.device) >= everyone).view(1, -1, b) if everyone else None
+                pair = tuple(x.flatten(2, 3) for x in self.summarise(*complete, real))
+                slots = _Slots(config, *pair, 0, everyone // c)
                 if has_kernel(query, dropout):
-                    tiles, pair = segment_tiles(n, pattern, slots.seen_before), (slots.key, slots.value)
-                    return range_encoder(query, key, value, tiles, pair, lengths=lengths, scaling=scaling)
+                    tiles = segment_tiles(n, pattern, everyone, slots.seen_before)
+                    options = {"lead": everyone, "lengths": lengths, "scaling": scaling}
+                    return range_encoder(query, key, value, tiles, pair, **options)
                 far = slots.of_segments(first, n - first, None, (first, None))
-            return segment_encoder(query, key, value, pattern, lengths=lengths, far=far, **options)
+            options |= {"global_tokens": everyone, "lengths": lengths, "far": far}
+            return segment_encoder(query, key, value, pattern, **options)
         count = 0 if state is None else state.count
         sinks = {"num_sinks": config.num_sinks, "lengths": lengths}
         context = remember(state, key, value, pattern, detach=True, **sinks)

@@ -12,9 +12,9 @@ all other segments, from sums over those before and those after; rule "plain" on
 the memory, (D, D) and D per key/value head: constant however long the sequence. Dense limit: b >= N.
 Parameters: `gate`, one per query head, -4 at the start (g = 0.018): nearly the window alone.
 
-From the paper: the memory is position-free there and receives rotated keys here, as the host hands them over. In a decoder the
-local part also sees the first `num_sinks` tokens, which stay in the memory; `num_sinks=0` is the plain form. Attention dropout
-acts on the local part.
+From the paper: the memory is position-free there and receives rotated keys here, as the host hands them over. The local part
+also sees the first tokens, which stay in the memory: `num_sinks` in a decoder, `global_tokens` in an encoder, where these
+attend to all tokens exactly and read no memory; without them it is the plain form. Attention dropout acts on the local part.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class InfiniConfig(EfficientAttentionConfig):
     segment_size: int = option(256, "tokens per segment", minimum=1)
     rule: str = option("plain", "what a segment writes into the memory", choices=("plain", "delta"))
     num_sinks: int = option(4, "first tokens that every later one sees, in decoders", minimum=0)
+    global_tokens: int = option(0, "first tokens that see all and that all see, in encoders", minimum=0)
 
     @classmethod
     def tiny(cls, causal: bool) -> InfiniConfig:
@@ -48,15 +49,21 @@ class InfiniConfig(EfficientAttentionConfig):
 
     @classmethod
     def variations(cls, causal: bool) -> list[InfiniConfig]:
-        plain = [cls(segment_size=4, num_sinks=0)]
-        return [*plain, cls(segment_size=6, rule="delta"), cls(segment_size=1, rule="delta")] if causal else plain
+        if causal:
+            return [cls(segment_size=4, num_sinks=0), *(cls(segment_size=b, rule="delta") for b in (6, 1))]
+        return [cls(segment_size=4), cls(segment_size=4, global_tokens=2), cls(segment_size=3, global_tokens=7)]
 
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> InfiniConfig:
         return cls(segment_size=max(length, 1))
 
     def window_only(self, causal: bool) -> BlockConfig:
-        return BlockConfig(block_size=self.segment_size, num_sinks=self.num_sinks, dense_below=self.dense_below)
+        return BlockConfig(
+            block_size=self.segment_size,
+            num_sinks=self.num_sinks,
+            global_tokens=self.global_tokens,
+            dense_below=self.dense_below,
+        )
 
 
 @register_variant(
@@ -84,12 +91,14 @@ class InfiniAttention(EfficientAttention):
             )
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
-        pattern, options = Segments(self.config.segment_size), {"scaling": scaling, "dropout": dropout}
+        config, options = self.config, {"scaling": scaling, "dropout": dropout}
+        pattern, everyone = Segments(config.segment_size), config.global_tokens
         if not causal:
-            local = segment_encoder(query, key, value, pattern, lengths=lengths, **options)
-            return self._around(query, key, value, local, lengths)
+            local = segment_encoder(query, key, value, pattern, global_tokens=everyone, lengths=lengths, **options)
+            output = self._around(query, key, value, local, lengths)
+            return torch.cat([local[:, :, :everyone], output[:, :, everyone:]], 2) if everyone else output
         count = 0 if state is None else state.count
-        context = remember(state, key, value, pattern, num_sinks=self.config.num_sinks, lengths=lengths)
+        context = remember(state, key, value, pattern, num_sinks=config.num_sinks, lengths=lengths)
         local = local_decoder(query, context, pattern, **options)
         return self._before(query, context, local, lengths, count, state)
 

@@ -1,7 +1,7 @@
 """
 `transformer_xl`: segments of b tokens with a memory of the m tokens before them. Token t of segment s = t // b attends
 to its own segment, in a decoder up to itself, and to exactly [s b - m, s b); in a decoder also to the first `num_sinks`
-tokens.
+tokens, in an encoder to the first `global_tokens`, which attend to all tokens themselves.
 
 Paper: Dai et al. 2019, Transformer-XL, arXiv:1901.02860. Cost N (b + m). m may be any number; an encoder reads its
 whole own segment and no later one.
@@ -10,8 +10,8 @@ gradients do not: stored keys and values are detached, which makes training call
 Dense limit: decoder m >= N, encoder b >= N. No parameters.
 
 From the paper: positions are the host's own (keys arrive rotated or without position), not the paper's relative ones;
-keys and values are stored instead of hidden states, which is the same layer by layer; sinks are ours, `num_sinks=0` is
-the plain form.
+keys and values are stored instead of hidden states, which is the same layer by layer; sinks and global tokens are ours,
+without them it is the plain form.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class TransformerXLConfig(EfficientAttentionConfig):
     segment_size: int = option(256, "tokens per segment", minimum=1)
     memory_size: int = option(256, "tokens before a segment that it sees", minimum=0)
     num_sinks: int = option(4, "first tokens that every later one sees, in decoders", minimum=0)
+    global_tokens: int = option(0, "first tokens that see all and that all see, in encoders", minimum=0)
 
     @classmethod
     def tiny(cls, causal: bool) -> TransformerXLConfig:
@@ -39,7 +40,8 @@ class TransformerXLConfig(EfficientAttentionConfig):
 
     @classmethod
     def variations(cls, causal: bool) -> list[TransformerXLConfig]:
-        return [cls(segment_size=8, memory_size=0), cls(segment_size=4, memory_size=10, num_sinks=0)]
+        everyone = [] if causal else [cls(segment_size=4, memory_size=3, global_tokens=5)]
+        return [cls(segment_size=8, memory_size=0), cls(segment_size=4, memory_size=10, num_sinks=0), *everyone]
 
     @classmethod
     def dense_limit(cls, length: int, causal: bool) -> TransformerXLConfig:
@@ -48,7 +50,12 @@ class TransformerXLConfig(EfficientAttentionConfig):
         return cls(segment_size=max(length, 1), memory_size=0)
 
     def window_only(self, causal: bool) -> BlockConfig:
-        return BlockConfig(block_size=self.segment_size, num_sinks=self.num_sinks, dense_below=self.dense_below)
+        return BlockConfig(
+            block_size=self.segment_size,
+            num_sinks=self.num_sinks,
+            global_tokens=self.global_tokens,
+            dense_below=self.dense_below,
+        )
 
 
 @register_variant(
@@ -65,6 +72,7 @@ class TransformerXLAttention(EfficientAttention):
         config, options = self.config, {"scaling": scaling, "dropout": dropout}
         pattern = Segments(config.segment_size, config.memory_size)
         if not causal:
-            return segment_encoder(query, key, value, pattern, lengths=lengths, **options)
+            everyone = config.global_tokens
+            return segment_encoder(query, key, value, pattern, global_tokens=everyone, lengths=lengths, **options)
         context = remember(state, key, value, pattern, num_sinks=config.num_sinks, lengths=lengths, detach=True)
         return local_decoder(query, context, pattern, **options)

@@ -127,11 +127,19 @@ def pattern(
     scaling: float,
     causal: bool,
     num_sinks: int = 0,
+    global_tokens: int = 0,
 ) -> Tensor:
-    """Softmax attention of position t over the j with sees(t, j); in a decoder over j <= t, sinks included."""
+    """
+    Softmax attention of position t over the j with sees(t, j); in a decoder over j <= t, sinks included; in an encoder the
+    first `global_tokens` positions see all and are seen by all.
+    """
     N, M = query.shape[1], key.shape[1]
     visible = [
-        [j <= t and (sees(t, j) or j < num_sinks) if causal else sees(t, j) for j in range(M)] for t in range(M - N, M)
+        [
+            j <= t and (sees(t, j) or j < num_sinks) if causal else sees(t, j) or min(t, j) < global_tokens
+            for j in range(M)
+        ]
+        for t in range(M - N, M)
     ]
     return softmax_attention(query, key, value, torch.tensor(visible, device=query.device), scaling)
 

@@ -7,8 +7,6 @@ from .base import oracle, pattern
 
 @oracle
 def naive_block(query, key, value, *, config, scaling, causal, module=None):
-    """t sees its own block of `block_size`, and the sinks in a decoder."""
-    b = config.block_size
-    return pattern(
-        query, key, value, lambda t, j: t // b == j // b, scaling=scaling, causal=causal, num_sinks=config.num_sinks
-    )
+    """t sees its own block of `block_size`, and the sinks in a decoder; global tokens in an encoder."""
+    b, everyone = config.block_size, {"num_sinks": config.num_sinks, "global_tokens": config.global_tokens}
+    return pattern(query, key, value, lambda t, j: t // b == j // b, scaling=scaling, causal=causal, **everyone)

@@ -12,24 +12,29 @@ from .base import oracle
 def naive_compressive(query, key, value, *, config, scaling, causal, module):
     """
     t of segment s sees its segment (up to itself in a decoder), the `memory_size` positions before the segment's start,
-    in a decoder the first `num_sinks` positions up to t, and the newest `compressed_size` of the slots before the memory.
+    the first positions (`num_sinks` in a decoder, up to t; `global_tokens` in an encoder, where these see all positions and
+    no slots), and the newest `compressed_size` of the slots before the memory.
 
     Slot j stands for positions [j c, (j + 1) c), c = `compression_rate`, and is visible where these lie wholly before the
     memory. Its key and value are the mean, the maximum, or (conv) sum_i x_{j c + i} W[g, i] with W = `module.conv_k` and
-    `module.conv_v`, (G, c, D, D). A decoder leaves sinks out of slots: the mean and the maximum are over the others, the
-    sum of a convolution is multiplied by c / (number of the others), and a slot of sinks alone does not exist.
+    `module.conv_v`, (G, c, D, D). Those first positions stay out of slots: the mean and the
+    maximum are over the others, the sum of a convolution is multiplied by c / (number of the others), and a slot of them
+    alone does not exist.
 
     Tokens and slots share one softmax; in a decoder slots of query head h have `module.slot_bias[h]` added to their logits.
     """
     H, N, _ = query.shape
     G, M, _ = key.shape
-    b, c, sinks = config.segment_size, config.compression_rate, config.num_sinks if causal else 0
-    slots = [[n for n in range(j * c, (j + 1) * c) if n >= sinks] for j in range(M // c)]
+    b, c, everyone = config.segment_size, config.compression_rate, config.num_sinks if causal else config.global_tokens
+    slots = [[n for n in range(j * c, (j + 1) * c) if n >= everyone] for j in range(M // c)]
     seen = []  # of each query: which tokens, which slots
     for t in range(M - N, M):
+        if not causal and t < everyone:
+            seen.append([True] * M + [False] * len(slots))
+            continue
         start = t // b * b
         begin, end = start - config.memory_size, t + 1 if causal else start + b
-        exact = [j < end and (j >= begin or j < sinks) for j in range(M)]
+        exact = [j < end and (j >= begin or j < everyone) for j in range(M)]
         newest = range(begin // c - config.compressed_size, begin // c)
         seen.append(exact + [j in newest and len(tokens) > 0 for j, tokens in enumerate(slots)])
     seen = torch.tensor(seen)

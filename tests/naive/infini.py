@@ -11,7 +11,8 @@ from .base import oracle, softmax_attention
 @oracle
 def naive_infini(query, key, value, *, config, scaling, causal, module):
     """
-    Local attention inside the segment of `segment_size` (up to itself and with the sinks, in a decoder), mixed with what
+    Local attention inside the segment of `segment_size` (up to itself and with the sinks, in a decoder; with the first
+    `global_tokens` in an encoder, whose own output is attention to all positions and nothing else), mixed with what
     the query reads from an associative memory A, z of other segments: those before its own in a decoder, all others in
     an encoder. With phi(x) = elu(x) + 1 and g = sigmoid(`module.gate[h]`) of query head h,
 
@@ -22,10 +23,16 @@ def naive_infini(query, key, value, *, config, scaling, causal, module):
     """
     H, N, D = query.shape
     G, M, _ = key.shape
-    b, sinks = config.segment_size, config.num_sinks if causal else 0
+    b, everyone = config.segment_size, config.num_sinks if causal else config.global_tokens
     segments = [range(begin, min(begin + b, M)) for begin in range(0, M, b)]
     visible = torch.tensor(
-        [[(j // b == t // b or j < sinks) and (j <= t or not causal) for j in range(M)] for t in range(M - N, M)]
+        [
+            [
+                j <= t and (j // b == t // b or j < everyone) if causal else j // b == t // b or min(t, j) < everyone
+                for j in range(M)
+            ]
+            for t in range(M - N, M)
+        ]
     )
     local = softmax_attention(query, key, value, visible, scaling)
     heads = []
@@ -43,6 +50,7 @@ def naive_infini(query, key, value, *, config, scaling, causal, module):
         for i in range(N):
             A, z = memories[(M - N + i) // b]
             phi = elu(query[h, i]) + 1
-            rows.append((1 - gate) * local[h, i] + gate * phi @ A / (phi @ z) if z.any() else local[h, i])
+            alone = not z.any() or (not causal and M - N + i < everyone)
+            rows.append(local[h, i] if alone else (1 - gate) * local[h, i] + gate * phi @ A / (phi @ z))
         heads.append(torch.stack(rows))
     return torch.stack(heads)

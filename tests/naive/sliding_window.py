@@ -24,9 +24,9 @@ def naive_sliding_window(query, key, value, *, config, scaling, causal, module=N
         g = h // (H // G)
 
         def sees(t, j, d=d):
-            near = abs(t - j) % d == 0 and abs(t - j) // d <= (w - 1 if causal else w)
-            return near or (not causal and min(t, j) < config.global_tokens)
+            return abs(t - j) % d == 0 and abs(t - j) // d <= (w - 1 if causal else w)
 
         one = (query[h : h + 1], key[g : g + 1], value[g : g + 1])
-        heads.append(pattern(*one, sees, scaling=scaling, causal=causal, num_sinks=config.num_sinks))
+        everyone = {"num_sinks": config.num_sinks, "global_tokens": config.global_tokens}
+        heads.append(pattern(*one, sees, scaling=scaling, causal=causal, **everyone))
     return torch.cat(heads)
