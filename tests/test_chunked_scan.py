@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_efficient_attn.ops import chunked_scan
-from hf_efficient_attn.ops.chunked_scan import Features, linear_attention
+from hf_efficient_attn.ops.chunked_scan import linear_attention
+from hf_efficient_attn.ops.features import Features
 
 GROUPS, HEADS, SIZE, WIDTH = 2, 4, 5, 6
 

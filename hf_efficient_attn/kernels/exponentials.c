@@ -66,17 +66,6 @@ static int key_features(Scan *c, const float *k, long sk, long n, float *kt, flo
     return 1;
 }
 
-/* Adds a piece's keys to the sums. */
-static void enter(Scan *c, const float *phi, const float *v, long sv, long n) {
-    long wide = (n + W - 1) / W * W;
-    product(c->m, c->dim, n, phi, T, 1, v, sv, c->s, c->dim, 1);
-    for (long f = 0; f < c->m; f++) {
-        vec sum = {0};
-        for (long i = 0; i < wide; i += W) sum += *(const vec *)(phi + f * T + i);
-        c->z[f] += total_of(sum);
-    }
-}
-
 /* phi(q) (m, T) of n tokens. */
 static void query_features(const Scan *c, const float *q, long sq, long n, float *qt, float *phi) {
     long wide = (n + W - 1) / W * W;
@@ -132,7 +121,7 @@ void exponentials_forward(const float *q, long hq, long sq, const float *k, long
             }
             scatter(ot, size, dim, out + (h * n + begin) * dim);
         }
-        enter(&c, phi_k, v + begin * sv, sv, size);
+        enter(m, dim, size, phi_k, v + begin * sv, sv, s, dim, z, 1);
     }
     for (long h = 0; h < heads; h++)
         for (long i = (h * n + real) * dim; i < (h + 1) * n * dim; i++) out[i] = 0;
@@ -168,7 +157,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
             while (!key_features(&c, k + begin * sk, sk, size, kt, at)) size = (size + 1) / 2;
             pieces[count] = (Piece){begin, size, at, at + m * T, at + m * (T + dim), at + m * (T + dim + 1)};
             copy(pieces[count].s, c.s, m * dim), copy(pieces[count].z, c.z, m), copy(pieces[count].r, c.r, m);
-            if (begin + size < end) enter(&c, at, v + begin * sv, sv, size);
+            if (begin + size < end) enter(m, dim, size, at, v + begin * sv, sv, c.s, dim, c.z, 1);
         }
         while (count--) {
             Piece *piece = pieces + count;
@@ -191,7 +180,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
             for (long h = 0; h < heads; h++) {
                 float slope[T];
                 long done = h * n + begin;
-                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + done * dim, normaliser + done, gs, slope);
+                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + done * dim, normaliser + done, FLOOR, gs, slope);
                 gather(gs, dim, size, dim, 1.0f, gt, T);
                 query_features(&now, q + h * hq + begin * sq, sq, size, qt, phi_q);
                 past(size, m, phi_k, 1, T, phi_q, a);

@@ -150,16 +150,6 @@ static long far_keys(const Keys *c, long begin, long size, const float *w, float
     return skip;
 }
 
-/* Adds a piece's far keys to the sums. */
-static void enter(long dim, long size, const float *phi, const float *vr, float *s, float *z) {
-    product(2 * dim, dim, size, phi, T, 1, vr, dim, s, dim, 1);
-    for (long f = 0; f < 2 * dim; f++) {
-        vec sum = {0};
-        for (long i = 0; i < size; i += W) sum += *(const vec *)(phi + f * T + i);
-        z[f] += total_of(sum);
-    }
-}
-
 static float *room_for_panel(const Keys *c, long n) {
     return malloc(sizeof(float) * (c->sinks + least(c->w, c->row + n) + T) * T);
 }
@@ -215,7 +205,7 @@ void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, c
             }
             scatter(ot, size, dim, out + (h * n + begin) * dim);
         }
-        if (skip < size) enter(dim, size, phi_k, vr, s, z);
+        if (skip < size) enter(m, dim, size, phi_k, vr, dim, s, dim, z, 1);
     }
     for (long h = 0; h < heads; h++)
         for (long i = (h * n + real) * dim; i < (h + 1) * n * dim; i++) out[i] = 0;
@@ -299,7 +289,7 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
             x.z = x.s + m * dim;
             copy(x.s, state, sums);
             x.skip = far_keys(&c, begin, x.size, wk, x.kr, x.vr, kt, x.phi);
-            if (x.skip < x.size) enter(dim, x.size, x.phi, x.vr, state, state + m * dim);
+            if (x.skip < x.size) enter(m, dim, x.size, x.phi, x.vr, dim, state, dim, state + m * dim, 1);
             pieces[count] = x;
         }
         while (count--) {
@@ -318,7 +308,7 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
                 float slope[T];
                 const float *own = q + h * hq, *queries = own + begin * sq;
                 long done = h * n + begin;
-                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + done * dim, normaliser + done, gs, slope);
+                of_quotient(size, dim, g + h * hg + begin * sg, sg, out + done * dim, normaliser + done, FLOOR, gs, slope);
                 gather(queries, sq, size, dim, 1.0f, qt, T);
                 gather(gs, dim, size, dim, 1.0f, gt, T);
                 of_gate[h] += near_gradients(&c, begin, real, gate[h], own, sq, qt, gt, gs, slope, panel, of_panel, ot, dk,

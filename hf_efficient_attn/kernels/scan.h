@@ -46,12 +46,22 @@ static void add_later(long m, long n, const float *x, long xr, long xk, const fl
         product(m, wide - first, n - first, x + first * xk, xr, xk, a + first * T + first, T, c + first, T, 1);
 }
 
+/* Adds n keys, phi (m, T), to the sums s of phi(k) v, rows ss apart, and z of phi(k), sz apart. */
+static void enter(long m, long dim, long n, const float *phi, const float *v, long sv, float *s, long ss, float *z, long sz) {
+    product(m, dim, n, phi, T, 1, v, sv, s, ss, 1);
+    for (long f = 0; f < m; f++) {
+        vec sum = {0};
+        for (long i = 0; i < n; i += W) sum += *(const vec *)(phi + f * T + i);
+        z[f * sz] += total_of(sum);
+    }
+}
+
 /*
  * From gradients g of n outputs, numerator / normaliser, those of the numerators, gs (n, dim), and of the normalisers, slope,
- * zeros up to T.
+ * zeros up to T and where a normaliser was kept `floor` away from 0.
  */
-static void of_quotient(long n, long dim, const float *g, long sg, const float *out, const float *normaliser, float *gs,
-                        float *slope) {
+static void of_quotient(long n, long dim, const float *g, long sg, const float *out, const float *normaliser, float floor,
+                        float *gs, float *slope) {
     for (long i = 0; i < n; i++) {
         float inverse = 1 / normaliser[i];
         vec sum = {0};
@@ -60,7 +70,7 @@ static void of_quotient(long n, long dim, const float *g, long sg, const float *
             sum += x * *(const vec *)(out + i * dim + p);
             *(vec *)(gs + i * dim + p) = x;
         }
-        slope[i] = normaliser[i] > FLOOR ? -total_of(sum) : 0;
+        slope[i] = normaliser[i] > floor || normaliser[i] < -floor ? -total_of(sum) : 0;
     }
     for (long i = n; i < T; i++) slope[i] = 0;
 }

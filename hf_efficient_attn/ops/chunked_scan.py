@@ -24,7 +24,6 @@ of a chunk, R = H / G.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,38 +31,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import AttentionState
+from .feature_scan import feature_scan, has_kernel
+from .features import NEVER, Features, cuts, feature_maps, padded
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens of an encoder whose features exist at one time; a decoder's S is kept once for so many
 CHUNK = 64  # tokens of a decoder that read one another directly; SPAN is a multiple
 REACH = 50.0  # most that a logarithm may rise in a chunk: exp(1.5 REACH), the largest number met, fits float32
-NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class Features:
-    """
-    query: (x (B, H, T, D), *params) -> (B, H, T, m). key: (x (B, G, T, D), *params) -> (B, G, T, m). Both give a tensor
-    of their own, which is overwritten where they are logarithmic. A decoder is fastest where token follows token in
-    memory: where maps give the transpose of a contiguous (B, H, m, T). size: m.
-    params: tensors that the maps use and that may need gradients.
-    tokens: None, or numbers of each token (B or 1, 1, N, E), whose piece (B or 1, 1, T, E) the maps get after x.
-    logarithmic: the maps give log phi; what is the same for all features of a query cancels and may be left out.
-    floor: the smallest normaliser, of either sign; below it the query and its keys have nothing in common and the output
-        fades to 0.
-        None: a decoder is to give the sums that it read, as they are.
-    pulls: (x, [tokens,] slope, *params) -> the gradient of x from that of what the map gave, for query and key, where no
-    parameter needs any. None leaves it to autograd, whose calls for each chunk take time.
-    """
-
-    query: Callable[..., Tensor]
-    key: Callable[..., Tensor]
-    size: int
-    params: tuple[Tensor, ...] = ()
-    logarithmic: bool = False
-    floor: float | None = 1e-30
-    pulls: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
-    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +116,9 @@ def linear_attention(
         before = Sums(total, top.fill_(NEVER) if features.logarithmic or weights is not None else top)
     if query.shape[2] == 0:
         return before.total.new_zeros(*query.shape[:3], value.shape[3] + (features.floor is None)), before
+    if causal and weights is None and has_kernel(query, features):
+        output, total = feature_scan(query, key, value, features, lengths=lengths, before=before.total)
+        return output, Sums(total, before.top)
     tensors = query, key, value, before.total, before.top
     if causal:
         logs = (None, None) if weights is None else (weights.query.to(accurate), weights.key.to(accurate))
@@ -170,23 +147,17 @@ def read_past(
     return linear_attention(query, key, value, features, causal=True, lengths=real, before=before)
 
 
-def project(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, H, T, D), w (B or 1, G, m, D), each group's own -> w x (B, H, T, m); it stands in rows where G = H."""
-    tokens, x = x.shape[2], x.unflatten(1, (w.shape[1], -1)).flatten(2, 3)
-    return (w @ x.mT).mT.unflatten(2, (-1, tokens)).flatten(1, 2)
-
-
 class _Causal(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, features, lengths, query, key, value, total, top, log_q, log_k, *params):
-        map_q, map_k = _maps(features, query, key, params, top.dtype)
+        map_q, map_k = feature_maps(features, query, key, params, top.dtype)
         relative = features.logarithmic or log_k is not None
         output = normaliser = None
         if features.floor is not None:
             output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         sums = query.new_empty(*query.shape[:3], value.shape[3] + 1, dtype=top.dtype) if output is None else None
-        pending, places, states, references = _cuts(query.shape[2], CHUNK)[::-1], [], [], [top]
+        pending, places, states, references = cuts(query.shape[2], CHUNK)[::-1], [], [], [top]
         while pending:
             place = pending.pop()
             raw, _ = map_k(place, lengths)
@@ -232,7 +203,7 @@ class _Causal(torch.autograd.Function):
         )
         count, spans = len(features.params), _by_span(ctx.places)
         params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
-        map_q, map_k = _maps(features, query, key, params, states[0].dtype, ctx.needs_input_grad[9:])
+        map_q, map_k = feature_maps(features, query, key, params, states[0].dtype, ctx.needs_input_grad[9:])
         grad_value = torch.empty_like(value)
         of_log_q, of_log_k = (None if x is None else torch.empty_like(x) for x in (log_q, log_k))
         if grad is None:
@@ -356,8 +327,8 @@ class _Bidirectional(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
-        map_q, map_k = _maps(features, query, key, params, top.dtype)
-        spans, groups = _cuts(query.shape[2], SPAN), key.shape[1]
+        map_q, map_k = feature_maps(features, query, key, params, top.dtype)
+        spans, groups = cuts(query.shape[2], SPAN), key.shape[1]
         for place in spans:
             (raw, _), reference = map_k(place, lengths), None
             if features.logarithmic:
@@ -381,8 +352,8 @@ class _Bidirectional(torch.autograd.Function):
     def backward(ctx, grad, _, __):
         features = ctx.features
         query, key, value, output, normaliser, lengths, total, reference, *params = ctx.saved_tensors
-        map_q, map_k = _maps(features, query, key, params, total.dtype, ctx.needs_input_grad[7:])
-        spans, groups = _cuts(query.shape[2], SPAN), key.shape[1]
+        map_q, map_k = feature_maps(features, query, key, params, total.dtype, ctx.needs_input_grad[7:])
+        spans, groups = cuts(query.shape[2], SPAN), key.shape[1]
         grad_value, grad_total = torch.empty_like(value), torch.zeros_like(total)
         for place in spans:
             raw, pull = map_q(place)
@@ -398,61 +369,6 @@ class _Bidirectional(torch.autograd.Function):
             of_phi = (grad_total @ _with_one(value, place, total.dtype).mT).mT
             pull(of_phi.mul_(phi) if features.logarithmic else of_phi)
         return None, None, map_q.of_x, map_k.of_x, grad_value, None, None, *map_q.of_params
-
-
-class _Map:
-    """
-    One feature map over pieces of its input. In a backward pass `of_params` has a tensor for each parameter that needs
-    its gradient; what the pieces give is pulled back to the gradients `of_x` and `of_params`.
-    """
-
-    def __init__(self, function, pull, x, features: Features, params, accurate, of_params=None) -> None:
-        self.function, self.explicit, self.x, self.params = function, pull, x, params
-        self.tokens, self.logarithmic, self.accurate = features.tokens, features.logarithmic, accurate
-        self.of_params = of_params
-        if of_params is not None:
-            self.of_x = torch.empty_like(x)
-            pairs = zip(params, of_params, strict=True)
-            self.params = [p.detach().requires_grad_(total is not None) for p, total in pairs]
-        self.tracked = of_params is not None and pull is None
-
-    def __call__(self, place: slice, lengths: Tensor | None = None) -> tuple[Tensor, Callable[[Tensor], None]]:
-        """What the map gives for these tokens, padding weighing nothing, and what takes the gradient of that."""
-        with torch.set_grad_enabled(self.tracked):
-            x = self.x[:, :, place].detach().requires_grad_(self.tracked)
-            accurate = x.to(self.accurate)
-            tokens = () if self.tokens is None else (self.tokens[:, :, place],)
-            given = self.function(accurate, *tokens, *self.params)
-        padded = None if lengths is None else _padded(lengths, place)
-
-        def pull(slope: Tensor) -> None:
-            if padded is not None:
-                slope = slope.masked_fill(padded, 0)
-            if self.explicit is not None:
-                self.of_x[:, :, place] = self.explicit(accurate, *tokens, slope, *self.params)
-                return
-            wanted = [x, *(p for p in self.params if p.requires_grad)]
-            self.of_x[:, :, place], *found = torch.autograd.grad(given, wanted, slope, allow_unused=True)
-            for total, part in zip((t for t in self.of_params if t is not None), found, strict=True):
-                if part is not None:
-                    total += part
-
-        raw = given.detach()
-        return raw if padded is None else raw.masked_fill(padded, NEVER if self.logarithmic else 0.0), pull
-
-
-def _maps(features: Features, query, key, params, accurate: torch.dtype, wanted=None) -> tuple[_Map, _Map]:
-    """The query map and the key map; they share `of_params`."""
-    of_params = None
-    if wanted is not None:
-        of_params = [torch.zeros_like(p) if want else None for p, want in zip(params, wanted, strict=True)]
-    pull_q, pull_k = features.pulls or (None, None)
-    rest = features, params, accurate, of_params
-    return _Map(features.query, pull_q, query, *rest), _Map(features.key, pull_k, key, *rest)
-
-
-def _cuts(length: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _halves(place: slice) -> list[slice]:
@@ -485,17 +401,10 @@ def _finite(top: Tensor) -> Tensor:
     return top.masked_fill(top == NEVER, 0)
 
 
-def _padded(lengths: Tensor, place: slice) -> Tensor:
-    """(B, 1, T, 1) bool, True = padding; lengths (B,) or, as a mask, (B, N)."""
-    if lengths.dtype is torch.bool:
-        return ~lengths[:, None, place, None]
-    return (torch.arange(place.start, place.stop, device=lengths.device) >= lengths[:, None])[:, None, :, None]
-
-
 def _logs(log_k: Tensor, place: slice, lengths: Tensor | None) -> Tensor:
     """(B, G, C, 1), -inf at padding."""
     logs = log_k[:, :, place, None]
-    return logs if lengths is None else logs.masked_fill(_padded(lengths, place), NEVER)
+    return logs if lengths is None else logs.masked_fill(padded(lengths, place), NEVER)
 
 
 def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:

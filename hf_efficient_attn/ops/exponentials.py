@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..caching import AttentionState
-from .chunked_scan import NEVER, Sums
+from .chunked_scan import Sums
+from .features import NEVER
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens, as in the kernel

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..caching import column
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, attend_linearly
+from ..ops.chunked_scan import attend_linearly
+from ..ops.features import Features
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 

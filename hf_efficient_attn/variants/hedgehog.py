@@ -29,7 +29,8 @@ from torch.nn.functional import pad
 
 from ..caching import Count, take
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, Sums, attend_linearly, read_past, stored_sums
+from ..ops.chunked_scan import Sums, attend_linearly, read_past, stored_sums
+from ..ops.features import Features
 from ..ops.hybrid import Window, window_and_sums
 from ..ops.hybrid_decoder import has_kernel, hybrid_decoder
 from ..ops.local import Band, Context, remember

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import elu
 
 from ..config import EfficientAttentionConfig
-from ..ops.chunked_scan import Features, attend_linearly
+from ..ops.chunked_scan import attend_linearly
+from ..ops.features import Features
 from ..registry import register_variant
 from ..variant import EfficientAttention
 

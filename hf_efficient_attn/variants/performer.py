@@ -31,8 +31,9 @@ from torch import Tensor
 
 from ..caching import AttentionState
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, attend_linearly, project, stored_sums
+from ..ops.chunked_scan import attend_linearly, stored_sums
 from ..ops.exponentials import exponential_attention, has_kernel
+from ..ops.features import Features, project
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 

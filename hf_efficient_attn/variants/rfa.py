@@ -28,7 +28,8 @@ from torch.nn.functional import logsigmoid, normalize
 
 from ..caching import column
 from ..config import EfficientAttentionConfig, option
-from ..ops.chunked_scan import Features, Weights, attend_linearly, project
+from ..ops.chunked_scan import Weights, attend_linearly
+from ..ops.features import Features, project
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 
