@@ -92,3 +92,19 @@ def test_a_closed_gate_forgets():
         outputs = [module(*x, scaling=1.0, causal=True, hidden=hidden)[:, :, -1] for x in (args, moved)]
         changes.append((outputs[0] - outputs[1]).abs().max())
     assert changes[0] < 1e-5 < 1e-3 < changes[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_padding_leaves_a_fast_gate_s_gradients_alone(dtype):
+    """Behind a row's end gates go on counting, further than either precision does."""
+    module, n = make(gate=True).to(dtype), 1000
+    torch.nn.init.constant_(module.gate.bias, -2)
+    args = [torch.randn(2, 2, n, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+    hidden, padding = torch.randn(2, n, 16, dtype=dtype), torch.arange(n) < torch.tensor([n, 60])[:, None]
+    output = module(*args, hidden=hidden, padding=padding, scaling=1.0, causal=True)
+    short = module(*(x[1:, :, :60] for x in args), hidden=hidden[1:, :60], scaling=1.0, causal=True)
+    torch.testing.assert_close(output[1:, :, :60], short)
+    wanted, near = [*args, *module.parameters()], 1e-9 if dtype is torch.float64 else 1e-3
+    for got, want in zip(*(torch.autograd.grad(x.sum(), wanted) for x in (output[1], short)), strict=True):
+        torch.testing.assert_close(got, want, atol=near * want.abs().max().item(), rtol=0)
+        assert want.abs().max() > 1e-3

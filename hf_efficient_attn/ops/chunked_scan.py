@@ -31,13 +31,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import AttentionState
-from .feature_scan import feature_scan, has_kernel
-from .features import NEVER, Features, cuts, feature_maps, padded
+from .feature_scan import FeatureScan, has_kernel
+from .features import NEVER, Features, References, cuts, feature_maps, finite, halves, padded, rescale
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens of an encoder whose features exist at one time; a decoder's S is kept once for so many
 CHUNK = 64  # tokens of a decoder that read one another directly; SPAN is a multiple
-REACH = 50.0  # most that a logarithm may rise in a chunk: exp(1.5 REACH), the largest number met, fits float32
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,13 @@ def linear_attention(
         before = Sums(total, top.fill_(NEVER) if features.logarithmic or weights is not None else top)
     if query.shape[2] == 0:
         return before.total.new_zeros(*query.shape[:3], value.shape[3] + (features.floor is None)), before
-    if causal and weights is None and has_kernel(query, features):
-        output, total = feature_scan(query, key, value, features, lengths=lengths, before=before.total)
-        return output, Sums(total, before.top)
     tensors = query, key, value, before.total, before.top
     if causal:
         logs = (None, None) if weights is None else (weights.query.to(accurate), weights.key.to(accurate))
-        output, total, top = _Causal.apply(features, lengths, *tensors, *logs, *features.params)
+        if weights is not None and lengths is not None:  # at padding, whose logarithms may be anything
+            logs = logs[0], logs[1].masked_fill(padded(lengths, slice(0, query.shape[2]))[..., 0], NEVER)
+        scan = FeatureScan if has_kernel(query, features) else _Causal
+        output, total, top = scan.apply(features, lengths, *tensors, *logs, *features.params)
     else:
         output, total, top = _Bidirectional.apply(features, lengths, *tensors, *features.params)
     return output, Sums(total, top)
@@ -157,41 +156,36 @@ class _Causal(torch.autograd.Function):
         if features.floor is not None:
             output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         sums = query.new_empty(*query.shape[:3], value.shape[3] + 1, dtype=top.dtype) if output is None else None
-        pending, places, states, references = cuts(query.shape[2], CHUNK)[::-1], [], [], [top]
+        pending, places, states, references = cuts(query.shape[2], CHUNK)[::-1], [], [], References(top)
         while pending:
             place = pending.pop()
             raw, _ = map_k(place, lengths)
             if relative:
-                logs = raw if features.logarithmic else _logs(log_k, place, lengths)
-                low, high = torch.maximum(top, logs[:, :, 0]), torch.maximum(top, logs.amax(2))
-                if not places or _rise(references[-1] - REACH / 2, high) > REACH:
-                    if raw.shape[2] > 1 and _rise(low, high) > REACH:
-                        pending += _halves(place)
-                        continue
-                    references.append(_finite((low + high) / 2))
-                    total = _rescale(total, *references[-2:])
-                top = high
+                followed = references.follow(raw if features.logarithmic else log_k[:, :, place, None], total)
+                if followed is None:
+                    pending += halves(place)
+                    continue
+                total = followed
             if place.start % SPAN == 0:
                 states.append(total)
                 total = total.clone()
-            chunk = _Chunk.of(map_q(place)[0], raw, value, place, references[-1], features, log_q, log_k)
+            chunk = _Chunk.of(map_q(place)[0], raw, value, place, references.all[-1], features, log_q, log_k)
             read = chunk.read(total)
             if output is None:
                 sums[:, :, place] = read
             else:
                 _divide(read, features.floor, output[:, :, place], normaliser[:, :, place])
             chunk.enter(total)
-            places.append((place, len(references) - 1))
+            places.append((place, len(references.all) - 1))
         if relative:
-            references.append(_finite(top))
-            total = _rescale(total, *references[-2:])
+            total = references.settle(total)
         ctx.features, ctx.places = features, places
         ctx.save_for_backward(
-            query, key, value, output, normaliser, lengths, log_q, log_k, *params, *states, *references
+            query, key, value, output, normaliser, lengths, log_q, log_k, *params, *states, *references.all
         )
-        ctx.mark_non_differentiable(top)
+        ctx.mark_non_differentiable(references.top)
         ctx.set_materialize_grads(False)
-        return sums if output is None else output, total, top
+        return sums if output is None else output, total, references.top
 
     @staticmethod
     @first_order
@@ -214,7 +208,7 @@ class _Causal(torch.autograd.Function):
             total, current, later = total.clone(), span[0][1], []
             for place, index in span:
                 if index != current:
-                    total, current = _rescale(total, references[current], references[index]), index
+                    total, current = rescale(total, references[current], references[index]), index
                 (raw_q, pull_q), (raw_k, pull_k) = map_q(place), map_k(place, lengths)
                 chunk = _Chunk.of(raw_q, raw_k, value, place, references[index], features, log_q, log_k)
                 slope = grad[:, :, place]
@@ -232,7 +226,7 @@ class _Causal(torch.autograd.Function):
                 later.append((place, index, chunk, slope, of_weights, pull_k))
             for place, index, chunk, slope, of_weights, pull_k in reversed(later):
                 if index != latest:
-                    grad_total, latest = _rescale(grad_total, references[index], references[latest]), index
+                    grad_total, latest = rescale(grad_total, references[index], references[latest]), index
                 of_value = chunk.of_value(slope, grad_total, log_k is not None)
                 if log_k is not None:
                     of_log_k[:, :, place] = (of_value * chunk.value.view_as(of_value)).sum(3)
@@ -241,7 +235,7 @@ class _Causal(torch.autograd.Function):
                 pull_k(chunk.of_key(of_weights, grad_total))
                 chunk.leave(slope, grad_total)
         if len(references) > 1:
-            grad_total = _rescale(grad_total, references[0], references[latest])
+            grad_total = rescale(grad_total, references[0], references[latest])
         grads = map_q.of_x, map_k.of_x, grad_value, grad_total, None, of_log_q, of_log_k
         return None, None, *grads, *map_q.of_params
 
@@ -333,10 +327,10 @@ class _Bidirectional(torch.autograd.Function):
             (raw, _), reference = map_k(place, lengths), None
             if features.logarithmic:
                 higher = torch.maximum(top, raw.amax(2))
-                reference = _finite(higher)
-                total, top = _rescale(total, top, reference), higher
+                reference = finite(higher)
+                total, top = rescale(total, top, reference), higher
             total = total + _exp_key(raw, reference).mT @ _with_one(value, place, top.dtype)
-        reference = _finite(top) if features.logarithmic else None
+        reference = finite(top) if features.logarithmic else None
         output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         for place in spans:
             read = _group(_exp_query(map_q(place)[0], reference, groups), groups) @ total
@@ -371,12 +365,6 @@ class _Bidirectional(torch.autograd.Function):
         return None, None, map_q.of_x, map_k.of_x, grad_value, None, None, *map_q.of_params
 
 
-def _halves(place: slice) -> list[slice]:
-    """The later half and the earlier one."""
-    middle = (place.start + place.stop) // 2
-    return [slice(middle, place.stop), slice(place.start, middle)]
-
-
 def _by_span(places: list[tuple[slice, int]]) -> list[list[tuple[slice, int]]]:
     spans = []
     for place, index in places:
@@ -384,27 +372,6 @@ def _by_span(places: list[tuple[slice, int]]) -> list[list[tuple[slice, int]]]:
             spans.append([])
         spans[-1].append((place, index))
     return spans
-
-
-def _rise(low: Tensor, high: Tensor) -> float:
-    """The largest over all features."""
-    return float((high - low).max())
-
-
-def _rescale(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Sums relative to `old` made relative to `new`."""
-    return total * torch.exp(old - new)[..., None]
-
-
-def _finite(top: Tensor) -> Tensor:
-    """A running maximum, 0 where there was no key."""
-    return top.masked_fill(top == NEVER, 0)
-
-
-def _logs(log_k: Tensor, place: slice, lengths: Tensor | None) -> Tensor:
-    """(B, G, C, 1), -inf at padding."""
-    logs = log_k[:, :, place, None]
-    return logs if lengths is None else logs.masked_fill(padded(lengths, place), NEVER)
 
 
 def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:

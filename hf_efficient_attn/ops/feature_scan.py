@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .features import Features, cuts, feature_maps
+from .features import Features, References, cuts, feature_maps, halves, rescale
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens
@@ -22,64 +22,91 @@ MOST_FEATURES = 512
 
 
 def has_kernel(query: Tensor, features: Features) -> bool:
-    """Whether `feature_scan` can be called; a single query is not worth a call for every head."""
+    """Whether `FeatureScan` can be called; a single query is not worth a call for every head."""
     plain = not features.logarithmic and features.floor is not None and features.size <= MOST_FEATURES
     return plain and query.shape[2] > 1 and kernels.serving("features", query) is not None
 
 
-def feature_scan(
-    query: Tensor, key: Tensor, value: Tensor, features: Features, *, lengths: Tensor | None, before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """
-    query (B, H, N, D), key and value (B, G, N, D) -> (B, H, N, D), and the sums (B, G, m, D + 1) after the last real token,
-    from those `before`. lengths: (B,) real tokens per row, the others behind them, or None. Gradients reach all tensors and
-    `features.params`.
-    """
-    return _FeatureScan.apply(features, lengths, query, key, value, before, *features.params)
+class FeatureScan(torch.autograd.Function):
+    """As `chunked_scan._Causal`. Weights of tokens are factors of their features: exp(log_q) of queries, exp(log_k) of keys."""
 
-
-class _FeatureScan(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, features, lengths, query, key, value, total, *params):
+    def forward(ctx, features, lengths, query, key, value, total, top, log_q, log_k, *params):
         map_q, map_k = feature_maps(features, query, key, params, torch.float32)
         output, normaliser = query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
-        total, states = total.clone(memory_format=torch.contiguous_format), []
-        for place in cuts(query.shape[2], SPAN):
+        total, references = total.clone(memory_format=torch.contiguous_format), References(top)
+        pending, places, states = cuts(query.shape[2], SPAN)[::-1], [], []
+        while pending:
+            place, weights = pending.pop(), (None, None)
+            if log_k is not None:
+                followed = references.follow(log_k[:, :, place, None], total)
+                if followed is None:
+                    pending += halves(place)
+                    continue
+                total, weights = followed, _weights(log_q, log_k, place, references.all[-1])
             if any(ctx.needs_input_grad):
                 states.append(total.clone())
-            given = _rows(map_q(place)[0]), _rows(map_k(place, lengths)[0]), value[:, :, place]
+            maps = map_q(place)[0], map_k(place, lengths)[0]
+            given = *(_rows(*pair) for pair in zip(maps, weights, strict=True)), value[:, :, place]
             results = output[:, :, place], normaliser[:, :, place]
             _run("features_forward", given, features.floor, (total,), (), results)
-        ctx.features = features
-        ctx.save_for_backward(query, key, value, output, normaliser, lengths, *params, *states)
+            places.append((place, len(references.all) - 1))
+        if log_k is not None:
+            total = references.settle(total)
+        ctx.features, ctx.places = features, places
+        kept = query, key, value, output, normaliser, lengths, log_q, log_k
+        ctx.save_for_backward(*kept, *params, *states, *references.all)
+        ctx.mark_non_differentiable(references.top)
         ctx.set_materialize_grads(False)
-        return output, total
+        return output, total, references.top
 
     @staticmethod
     @first_order
     @without_autocast
-    def backward(ctx, grad, later):
-        features, (query, key, value, output, normaliser, lengths, *rest) = ctx.features, ctx.saved_tensors
-        params, states = rest[: len(features.params)], rest[len(features.params) :]
-        map_q, map_k = feature_maps(features, query, key, params, torch.float32, ctx.needs_input_grad[6:])
+    def backward(ctx, grad, later, _):
+        query, key, value, output, normaliser, lengths, log_q, log_k, *rest = ctx.saved_tensors
+        features, count, spans = ctx.features, len(ctx.features.params), len(ctx.places)
+        params, states, references = rest[:count], rest[count : count + spans], rest[count + spans :]
+        map_q, map_k = feature_maps(features, query, key, params, torch.float32, ctx.needs_input_grad[9:])
         of_value = value.new_empty(value.shape)
+        of_log_q, of_log_k = None, None if log_k is None else torch.empty_like(log_k)
         grad = torch.zeros_like(output) if grad is None else grad
         later = torch.zeros_like(states[0]) if later is None else later.clone(memory_format=torch.contiguous_format)
-        for place, total in zip(cuts(query.shape[2], SPAN)[::-1], states[::-1], strict=True):
-            (raw_q, pull_q), (raw_k, pull_k) = map_q(place), map_k(place, lengths)
-            of_q, of_k = (x.new_empty(x.mT.shape) for x in (raw_q, raw_k))
-            given, sums = (_rows(raw_q), _rows(raw_k), value[:, :, place]), (total.clone(), later)
-            saved = [x[:, :, place] for x in (output, normaliser, grad)]
-            _run("features_backward", given, features.floor, sums, saved, (of_q, of_k, of_value[:, :, place]))
-            pull_q(of_q.mT)
-            pull_k(of_k.mT)
-        return None, None, map_q.of_x, map_k.of_x, of_value, later, *map_q.of_params
+        latest = len(references) - 1
+        for (place, index), total in zip(ctx.places[::-1], states[::-1], strict=True):
+            later, latest = rescale(later, references[index], references[latest]) if index != latest else later, index
+            weights = (None, None) if log_k is None else _weights(log_q, log_k, place, references[index])
+            maps = map_q(place), map_k(place, lengths)
+            phi = [_rows(raw, weight) for (raw, _), weight in zip(maps, weights, strict=True)]
+            of_phi, saved = [x.new_empty(x.shape) for x in phi], [x[:, :, place] for x in (output, normaliser, grad)]
+            sums, results = (total.clone(), later), (*of_phi, of_value[:, :, place])
+            _run("features_backward", (*phi, value[:, :, place]), features.floor, sums, saved, results)
+            if log_k is not None:
+                of_log_k[:, :, place] = (of_phi[1] * phi[1]).sum(2)
+                of_phi = [_times(*pair) for pair in zip(of_phi, weights, strict=True)]
+            for (_, pull), slope in zip(maps, of_phi, strict=True):
+                pull(slope.mT)
+        if log_q is not None:  # what a query reads cancels but where the floor is its divisor
+            kept = (grad.to(log_q.dtype) * output).sum(3).masked_fill(normaliser.abs() > features.floor, 0)
+            of_log_q = kept.unflatten(1, (key.shape[1], -1)).sum(2)
+        later = rescale(later, references[0], references[latest]) if latest else later
+        return None, None, map_q.of_x, map_k.of_x, of_value, later, None, of_log_q, of_log_k, *map_q.of_params
 
 
-def _rows(phi: Tensor) -> Tensor:
-    """(B, H, T, m) -> (B, H, m, T), token beside token."""
-    return phi.mT.contiguous()
+def _weights(log_q: Tensor, log_k: Tensor, place: slice, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, G, 1, T) both, from logarithms (B, G, N), relative to the reference (B, G, 1) of sums."""
+    return tuple((x[:, :, place] + r).exp()[:, :, None] for x, r in ((log_q, reference), (log_k, -reference)))
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, m, T) times weights (B, G, 1, T)."""
+    return (x.unflatten(1, (weight.shape[1], -1)) * weight[:, :, None]).flatten(1, 2)
+
+
+def _rows(phi: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, H, T, m) -> (B, H, m, T), token beside token, times weights (B, G, 1, T)."""
+    return phi.mT.contiguous() if weight is None else _times(phi.mT, weight).contiguous()
 
 
 def _run(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+REACH = 50.0  # most that a logarithm may rise in a piece: exp(1.5 REACH), the largest number met, fits float32
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,47 @@ def feature_maps(features: Features, query, key, params, accurate: torch.dtype, 
     return _Map(features.query, pull_q, query, *rest), _Map(features.key, pull_k, key, *rest)
 
 
+class References:
+    """
+    What a decoder's sums are relative to, one after the other, since logarithms of weights may rise without end: `all` of them,
+    of which the first is the `top` that the sums came with, the running maximum of the logarithms.
+    """
+
+    def __init__(self, top: Tensor) -> None:
+        self.top, self.all = top, [top]
+
+    def follow(self, logs: Tensor, total: Tensor) -> Tensor | None:
+        """The sums for keys of these logarithms (B, G, T, X); None where they rise by more than `REACH` and T can be halved."""
+        low, high = torch.maximum(self.top, logs[:, :, 0]), torch.maximum(self.top, logs.amax(2))
+        if len(self.all) == 1 or rise(self.all[-1] - REACH / 2, high) > REACH:
+            if logs.shape[2] > 1 and rise(low, high) > REACH:
+                return None
+            self.all.append(finite((low + high) / 2))
+            total = rescale(total, *self.all[-2:])
+        self.top = high
+        return total
+
+    def settle(self, total: Tensor) -> Tensor:
+        """The sums relative to the running maximum."""
+        self.all.append(finite(self.top))
+        return rescale(total, *self.all[-2:])
+
+
+def rise(low: Tensor, high: Tensor) -> float:
+    """The largest over all features."""
+    return float((high - low).max())
+
+
+def rescale(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Sums relative to `old` made relative to `new`."""
+    return total * torch.exp(old - new)[..., None]
+
+
+def finite(top: Tensor) -> Tensor:
+    """A running maximum, 0 where there was no key."""
+    return top.masked_fill(top == NEVER, 0)
+
+
 def cuts(length: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
@@ -107,3 +149,9 @@ def padded(lengths: Tensor, place: slice) -> Tensor:
     if lengths.dtype is torch.bool:
         return ~lengths[:, None, place, None]
     return (torch.arange(place.start, place.stop, device=lengths.device) >= lengths[:, None])[:, None, :, None]
+
+
+def halves(place: slice) -> list[slice]:
+    """The later half and the earlier one."""
+    middle = (place.start + place.stop) // 2
+    return [slice(middle, place.stop), slice(place.start, middle)]
