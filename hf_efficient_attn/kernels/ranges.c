@@ -4,9 +4,10 @@
  * tiles: of each, ten numbers: first query, one past the last (at most 64 more), first near key, one past the last, the
  * near key that stands at the first query's position, the number of far keys at the begin of the list, the first
  * further one and one past the last, the near key that the first query's window begins with, and one past the near keys
- * that are seen without regard to a window. Query t of a tile sees, of the near keys before `limit`, those up to the one at its own position and
- * from its window's begin on, which lies t after the first query's. With r_i the log-sum-exp of a query's logits and b_j
- * the bias of a far key:
+ * that are seen without regard to a window. Query t of a tile sees, of the near keys before `limit`, those up to the one at
+ * its own position and from its window's begin on, which lies t after the first query's. Positions follow one another, or are
+ * those of `at` where it is given, in ascending order. With r_i the log-sum-exp of a query's logits and b_j the bias of a far
+ * key:
  *
  *     s_ij = scaling q_i k_j (+ b_j),    out_i = sum_j exp(s_ij - r_i) v_j.
  *
@@ -24,11 +25,14 @@ typedef struct {
     float *dkey, *dvalue, *dbias;
     long ks, vs, begin, end;
     long diagonal, floor, kept; /* query i sees the keys up to diagonal + i, from floor + i on or before `kept` */
+    const long *at;             /* or, where given, up to at[i], of `count` queries */
+    long count;
 } Range;
 
 /* What a tile reads. */
-static void find(Range *ranges, const long *tile, long listed, long limit, Range near, Range far) {
+static void find(Range *ranges, const long *tile, const long *at, long listed, long limit, Range near, Range far) {
     ranges[0] = near, ranges[1] = ranges[2] = far;
+    if (at) ranges[0].at = at + tile[0], ranges[0].count = tile[1] - tile[0];
     ranges[0].begin = tile[2], ranges[0].end = tile[3] < limit ? tile[3] : limit;
     ranges[0].diagonal = tile[4], ranges[0].floor = tile[8], ranges[0].kept = tile[9];
     ranges[1].end = tile[5], ranges[2].begin = tile[6], ranges[2].end = tile[7] < listed ? tile[7] : listed;
@@ -38,11 +42,13 @@ static void find(Range *ranges, const long *tile, long listed, long limit, Range
 /* Logits (n, T), of which the first `wide` columns, of keys begin.. of a range. */
 static void logits(const Range *r, long begin, long n, long wide, long dim, const float *qt, float *s) {
     product(n, wide, dim, r->key + begin * r->ks, r->ks, 1, qt, T, s, T, 0);
-    for (long j = 0; j < n; j++) {
+    for (long j = 0, later = 0; j < n; j++) { /* key j comes after the first `later` queries */
         float *row = s + j * T;
         if (r->bias)
             for (long i = 0; i < wide; i += W) *(vec *)(row + i) += r->bias[begin + j];
-        for (long i = 0; i < begin + j - r->diagonal && i < wide; i++) row[i] = NOTHING;
+        if (!r->at) later = begin + j - r->diagonal;
+        while (r->at && later < r->count && r->at[later] < begin + j) later++;
+        for (long i = 0; i < later && i < wide; i++) row[i] = NOTHING;
         if (begin + j >= r->kept)
             for (long i = begin + j - r->floor + 1 > 0 ? begin + j - r->floor + 1 : 0; i < wide; i++) row[i] = NOTHING;
     }
@@ -50,13 +56,13 @@ static void logits(const Range *r, long begin, long n, long wide, long dim, cons
 
 void ranges_forward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
                     const float *fv, const float *bias, long listed, long limit, const long *tiles, long count,
-                    long dim, float scaling, float *out, float *total) {
+                    const long *at, long dim, float scaling, float *out, float *total) {
     static __thread float qt[MOST * T], ot[MOST * T], s[KEYS * T];
     for (long l = 0; l < count; l++, tiles += FIELDS) {
         long first = tiles[0], m = tiles[1] - first, wide = (m + W - 1) / W * W;
         Range ranges[3];
-        find(ranges, tiles, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv, 0, 0, 0, 0, 0},
-             (Range){fk, fv, bias, 0, 0, 0, dim, dim, 0, 0, 0, 0, 0});
+        find(ranges, tiles, at, listed, limit, (Range){k, v, 0, 0, 0, 0, sk, sv},
+             (Range){fk, fv, bias, 0, 0, 0, dim, dim});
         vec top[T / W], sum[T / W];
         gather(q + first * sq, sq, m, dim, scaling, qt, T);
         for (long i = 0; i < dim * T; i++) ot[i] = 0;
@@ -94,14 +100,14 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
 /* Rows of out and dq are dim apart, of dk and dv too; dbias gets T sums per key. dk, dv, dfk, dfv, dbias are added to. */
 void ranges_backward(const float *q, long sq, const float *k, long sk, const float *v, long sv, const float *fk,
                      const float *fv, const float *bias, long listed, long limit, const long *tiles, long count,
-                     long dim, float scaling, const float *out, const float *total, const float *grad, long sg, float *dq, float *dk, float *dv,
-                     float *dfk, float *dfv, float *dbias) {
+                     const long *at, long dim, float scaling, const float *out, const float *total, const float *grad,
+                     long sg, float *dq, float *dk, float *dv, float *dfk, float *dfv, float *dbias) {
     static __thread float qt[MOST * T], gt[MOST * T], dqt[MOST * T], qs[MOST * T], s[KEYS * T], d[KEYS * T];
     for (long l = 0; l < count; l++, tiles += FIELDS) {
         long first = tiles[0], m = tiles[1] - first, wide = (m + W - 1) / W * W;
         Range ranges[3];
-        find(ranges, tiles, listed, limit, (Range){k, v, 0, dk, dv, 0, sk, sv, 0, 0, 0, 0, 0},
-             (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim, 0, 0, 0, 0, 0});
+        find(ranges, tiles, at, listed, limit, (Range){k, v, 0, dk, dv, 0, sk, sv},
+             (Range){fk, fv, bias, dfk, dfv, dbias, dim, dim});
         const float *g = grad + first * sg;
         float lse[T], delta[T];
         gather(q + first * sq, sq, m, dim, scaling, qt, T);

@@ -165,7 +165,7 @@ class _Plan(NamedTuple):
                 for h in range(share):
                     query, key, value, far_key, far_value, bias, *more = (x[h * len(x) // share] for x in parts)
                     near = query, query.stride(0), key, key.stride(0), value, value.stride(0)
-                    rest = self.limits[b], self.tiles, len(self.tiles), query.shape[1], self.scaling
+                    rest = self.limits[b], self.tiles, len(self.tiles), None, query.shape[1], self.scaling
                     more = (*more, more[-1].stride(0)) if more else ()
                     own = (x[h * len(x) // share] for x in found)
                     kernels.call(function, *near, far_key, far_value, bias, len(bias), *rest, *more, *own)

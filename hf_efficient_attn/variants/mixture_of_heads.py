@@ -28,6 +28,8 @@ from ..caching import Count, TokenStore
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention, masked_attention
 from ..ops.joint import CHUNK, Part, joint_attention
+from ..ops.lines import line_attention
+from ..ops.ranges import has_kernel
 from ..ops.router import Router, balance_loss, best
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
@@ -137,25 +139,29 @@ def attend_where(
     group = heads // key.shape[1]
     picked = chosen.flatten().nonzero()[:, 0]
     counts = chosen.sum(2).flatten().tolist()
-    queries = query.reshape(-1, size).index_select(0, picked).split(counts)
-    places = (picked % n).split(counts)
-    keys, values = (x.flatten(0, 1).unbind(0) for x in (key, value))
+    queries = query.reshape(-1, size).index_select(0, picked)
     ends, starts = _per_row(key.shape[2] if used is None else used, batch), _per_row(offset, batch)
-    outputs = []
-    for line, (q, at) in enumerate(zip(queries, places, strict=True)):
-        if len(q) == 0:
-            continue
-        row = line // heads
-        q, k, v = q[None, None], *(x[line // group][None, None, : ends[row]] for x in (keys, values))
-        if causal:
-            outputs.append(_causal_line(q, k, v, at + starts[row], scaling, dropout))
-        else:
-            outputs.append(exact_attention(q, k, v, lengths=None, scaling=scaling, dropout=dropout, causal=False))
     output = query.new_zeros(batch * heads * n, size)
-    if outputs:
-        weighted = torch.cat(outputs, 2)[0, 0] * gates.reshape(-1)[picked, None].to(query.dtype)
-        output = output.index_copy(0, picked, weighted)
-    return output.view(query.shape)
+    if not len(picked):
+        return output.view(query.shape)
+    if n > 1 and has_kernel(query, dropout):
+        at = picked % n + torch.tensor(starts)[picked // (heads * n)] if causal else None
+        found = line_attention(queries, key, value, counts, at, ends, scaling=scaling)
+    else:
+        places, outputs = (picked % n).split(counts), []
+        keys, values = (x.flatten(0, 1).unbind(0) for x in (key, value))
+        for line, (q, at) in enumerate(zip(queries.split(counts), places, strict=True)):
+            if len(q) == 0:
+                continue
+            row = line // heads
+            q, k, v = q[None, None], *(x[line // group][None, None, : ends[row]] for x in (keys, values))
+            if causal:
+                outputs.append(_causal_line(q, k, v, at + starts[row], scaling, dropout))
+            else:
+                outputs.append(exact_attention(q, k, v, lengths=None, scaling=scaling, dropout=dropout, causal=False))
+        found = torch.cat(outputs, 2)[0, 0]
+    weighted = found * gates.reshape(-1)[picked, None].to(query.dtype)
+    return output.index_copy(0, picked, weighted).view(query.shape)
 
 
 def _per_row(count: Count, batch: int) -> list[int]:
