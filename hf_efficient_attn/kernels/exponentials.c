@@ -95,6 +95,7 @@ void exponentials_forward(const float *q, long hq, long sq, const float *k, long
                           float *z, float *r, float *top, float *kept, float *out, float *normaliser) {
     static __thread float kt[MOST * T], phi_k[FEATURES * T], phi_q[FEATURES * T], a[T * T], ot[MOST * T];
     Scan c = {m, dim, w, half, s, z, r, top, 0};
+    Sums sums = {m, dim, dim, 1, s, z};
     for (long begin = 0, size; begin < real; begin += size) {
         if (kept && begin % SPAN == 0) {
             float *at = kept + begin / SPAN * m * (dim + 3);
@@ -103,25 +104,14 @@ void exponentials_forward(const float *q, long hq, long sq, const float *k, long
         }
         size = T - begin % T < real - begin ? T - begin % T : real - begin;
         while (!key_features(&c, k + begin * sk, sk, size, kt, phi_k)) size = (size + 1) / 2;
-        long wide = (size + W - 1) / W * W;
         for (long h = 0; h < heads; h++) {
-            vec sum[T / W] = {{0}};
+            float read[T];
             query_features(&c, q + h * hq + begin * sq, sq, size, kt, phi_q);
-            past(size, m, phi_k, 1, T, phi_q, a);
-            hide(size, a);
-            product(dim, wide, m, s, 1, dim, phi_q, T, ot, T, 0);
-            add_past(dim, size, v + begin * sv, 1, sv, a, ot);
-            for (long i = 0; i < wide / W; i++) {
-                for (long f = 0; f < m; f++) sum[i] += *(vec *)(phi_q + f * T + i * W) * z[f];
-                for (long j = 0; j < size; j++) sum[i] += *(vec *)(a + j * T + i * W);
-                sum[i] = larger(sum[i], (vec){0} + FLOOR);
-                vec inverse = 1.0f / sum[i];
-                for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= inverse;
-                for (long u = 0; u < W && i * W + u < size; u++) normaliser[h * n + begin + i * W + u] = sum[i][u];
-            }
-            scatter(ot, size, dim, out + (h * n + begin) * dim);
+            read_sums(sums, size, phi_q, phi_k, v + begin * sv, sv, a, ot, read, 0);
+            for (long i = 0; i < size; i += W) *(vec *)(read + i) = larger(*(vec *)(read + i), (vec){0} + FLOOR);
+            divide(size, dim, ot, read, out + (h * n + begin) * dim, normaliser + h * n + begin);
         }
-        enter(m, dim, size, phi_k, v + begin * sv, sv, s, dim, z, 1);
+        enter(sums, size, phi_k, v + begin * sv, sv);
     }
     for (long h = 0; h < heads; h++)
         for (long i = (h * n + real) * dim; i < (h + 1) * n * dim; i++) out[i] = 0;
@@ -142,6 +132,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
     long sums = m * (dim + 3), room = m * (T + dim + 2);
     float *state = malloc(sizeof(float) * sums), *later = malloc(sizeof(float) * m * (dim + 2));
     float *gz = later + m * dim, *gr = gz + m;
+    Sums behind = {m, dim, dim, 1, later, gz};
     float *held[SPAN] = {0};
     for (long i = 0; i < m * (dim + 2); i++) later[i] = 0;
     int any_later = 0;
@@ -157,7 +148,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
             while (!key_features(&c, k + begin * sk, sk, size, kt, at)) size = (size + 1) / 2;
             pieces[count] = (Piece){begin, size, at, at + m * T, at + m * (T + dim), at + m * (T + dim + 1)};
             copy(pieces[count].s, c.s, m * dim), copy(pieces[count].z, c.z, m), copy(pieces[count].r, c.r, m);
-            if (begin + size < end) enter(m, dim, size, at, v + begin * sv, sv, c.s, dim, c.z, 1);
+            if (begin + size < end) enter((Sums){m, dim, dim, 1, c.s, c.z}, size, at, v + begin * sv, sv);
         }
         while (count--) {
             Piece *piece = pieces + count;
@@ -173,9 +164,7 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
             copy(gr, piece->r, m), any_later = 1;
             gather(k + begin * sk, sk, size, dim, 1.0f, kt, T);
             gather(v + begin * sv, sv, size, dim, 1.0f, vt, T);
-            product(m, wide, dim, later, dim, 1, vt, T, of_k, T, 0);
-            for (long f = 0; f < m; f++)
-                for (long i = 0; i < wide; i += W) *(vec *)(of_k + f * T + i) += gz[f];
+            of_keys(behind, size, vt, of_k);
             product(dim, wide, m, later, 1, dim, phi_k, T, of_v, T, 0);
             for (long h = 0; h < heads; h++) {
                 float slope[T];
@@ -185,29 +174,16 @@ void exponentials_backward(const float *q, long hq, long sq, const float *k, lon
                 query_features(&now, q + h * hq + begin * sq, sq, size, qt, phi_q);
                 past(size, m, phi_k, 1, T, phi_q, a);
                 hide(size, a);
-                past(size, dim, v + begin * sv, sv, 1, gt, d);
-                for (long j = 0; j < size; j++)
-                    for (long i = 0; i < wide; i += W) *(vec *)(d + j * T + i) += *(vec *)(slope + i);
-                hide(size, d);
-                product(m, wide, dim, piece->s, dim, 1, gt, T, of_q, T, 0);
-                add_past(m, size, phi_k, T, 1, d, of_q);
+                of_queries((Sums){m, dim, dim, 1, piece->s, piece->z}, size, phi_k, v + begin * sv, sv, gt, slope, d, of_q);
                 for (long f = 0; f < m; f++)
-                    for (long i = 0; i < wide; i += W) {
-                        vec *at = (vec *)(of_q + f * T + i);
-                        *at = (*at + *(vec *)(slope + i) * piece->z[f]) * *(vec *)(phi_q + f * T + i);
-                    }
+                    for (long i = 0; i < wide; i += W) *(vec *)(of_q + f * T + i) *= *(vec *)(phi_q + f * T + i);
                 product(dim, wide, m, w, 1, dim, of_q, T, ot, T, 0);
                 scatter(ot, size, dim, dq + (h * n + begin) * dim);
                 gather(d, T, size, wide, 1.0f, turned, T);
                 add_later(m, size, phi_q, T, 1, turned, of_k);
                 gather(a, T, size, wide, 1.0f, turned, T);
                 add_later(dim, size, gs, 1, dim, turned, of_v);
-                product(m, dim, size, phi_q, T, 1, gs, dim, later, dim, 1);
-                for (long f = 0; f < m; f++) {
-                    vec sum = {0};
-                    for (long i = 0; i < wide; i += W) sum += *(vec *)(phi_q + f * T + i) * *(vec *)(slope + i);
-                    gz[f] += total_of(sum);
-                }
+                leave(behind, size, phi_q, gs, slope);
             }
             vec sum[T / W] = {{0}};
             for (long f = 0; f < m; f++)

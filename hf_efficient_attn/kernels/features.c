@@ -26,28 +26,21 @@ static void features_of(const float *x, long stride, long m, long size, float *p
 void features_forward(const float *pq, long hp, long sp, const float *pk, long sk, const float *v, long sv, long heads, long n,
                       long m, long dim, float floor, float *s, float *out, long ho, float *normaliser, long hn) {
     static __thread float phi_q[FEATURES * T], phi_k[FEATURES * T], a[T * T], ot[MOST * T];
-    long ss = dim + 1;
+    Sums sums = {m, dim, dim + 1, dim + 1, s, s + dim};
     for (long begin = 0; begin < n; begin += T) {
-        long size = n - begin < T ? n - begin : T, wide = (size + W - 1) / W * W;
+        long size = n - begin < T ? n - begin : T;
         features_of(pk + begin, sk, m, size, phi_k);
         for (long h = 0; h < heads; h++) {
+            float read[T];
             features_of(pq + h * hp + begin, sp, m, size, phi_q);
-            past(size, m, phi_k, 1, T, phi_q, a);
-            hide(size, a);
-            product(dim, wide, m, s, 1, ss, phi_q, T, ot, T, 0);
-            add_past(dim, size, v + begin * sv, 1, sv, a, ot);
-            for (long i = 0; i < wide; i += W) {
-                vec sum = {0}, bound = (vec){0} + floor;
-                for (long f = 0; f < m; f++) sum += *(vec *)(phi_q + f * T + i) * s[f * ss + dim];
-                for (long j = 0; j < size; j++) sum += *(vec *)(a + j * T + i);
-                sum = pick(sum < 0, -larger(-sum, bound), larger(sum, bound));
-                vec inverse = 1.0f / sum;
-                for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i) *= inverse;
-                for (long u = 0; u < W && i + u < size; u++) normaliser[h * hn + begin + i + u] = sum[u];
+            read_sums(sums, size, phi_q, phi_k, v + begin * sv, sv, a, ot, read, 0);
+            for (long i = 0; i < size; i += W) {
+                vec *sum = (vec *)(read + i), bound = (vec){0} + floor;
+                *sum = pick(*sum < 0, -larger(-*sum, bound), larger(*sum, bound));
             }
-            scatter(ot, size, dim, out + h * ho + begin * dim);
+            divide(size, dim, ot, read, out + h * ho + begin * dim, normaliser + h * hn + begin);
         }
-        enter(m, dim, size, phi_k, v + begin * sv, sv, s, ss, s + dim, ss);
+        enter(sums, size, phi_k, v + begin * sv, sv);
     }
 }
 
@@ -62,21 +55,21 @@ void features_backward(const float *pq, long hp, long sp, const float *pk, long 
     static __thread float phi_q[FEATURES * T], phi_k[FEATURES * T], of_q[FEATURES * T], of_k[FEATURES * T], a[T * T], d[T * T],
         turned[T * T], gs[T * MOST], gt[MOST * T], vt[MOST * T], of_vt[MOST * T];
     long ss = dim + 1, pieces = (n + T - 1) / T;
+    Sums sums = {m, dim, ss, ss, s, s + dim}, behind = {m, dim, ss, ss, later, later + dim};
     float *held = malloc(sizeof(float) * pieces * m * ss);
     for (long begin = 0; begin < n; begin += T) {
         long size = n - begin < T ? n - begin : T;
         copy(held + begin / T * m * ss, s, m * ss);
         features_of(pk + begin, sk, m, size, phi_k);
-        enter(m, dim, size, phi_k, v + begin * sv, sv, s, ss, s + dim, ss);
+        enter(sums, size, phi_k, v + begin * sv, sv);
     }
     for (long piece = pieces - 1; piece >= 0; piece--) {
         long begin = piece * T, size = n - begin < T ? n - begin : T, wide = (size + W - 1) / W * W;
-        const float *before = held + piece * m * ss;
+        float *held_here = held + piece * m * ss;
+        Sums before = {m, dim, ss, ss, held_here, held_here + dim};
         features_of(pk + begin, sk, m, size, phi_k);
         gather(v + begin * sv, sv, size, dim, 1.0f, vt, T);
-        product(m, wide, dim, later, ss, 1, vt, T, of_k, T, 0);
-        for (long f = 0; f < m; f++)
-            for (long i = 0; i < wide; i += W) *(vec *)(of_k + f * T + i) += later[f * ss + dim];
+        of_keys(behind, size, vt, of_k);
         product(dim, wide, m, later, 1, ss, phi_k, T, of_vt, T, 0);
         for (long h = 0; h < heads; h++) {
             float slope[T];
@@ -86,27 +79,13 @@ void features_backward(const float *pq, long hp, long sp, const float *pk, long 
             features_of(pq + h * hp + begin, sp, m, size, phi_q);
             past(size, m, phi_k, 1, T, phi_q, a);
             hide(size, a);
-            past(size, dim, v + begin * sv, sv, 1, gt, d);
-            for (long j = 0; j < size; j++)
-                for (long i = 0; i < wide; i += W) *(vec *)(d + j * T + i) += *(vec *)(slope + i);
-            hide(size, d);
-            product(m, wide, dim, before, ss, 1, gt, T, of_q, T, 0);
-            add_past(m, size, phi_k, T, 1, d, of_q);
-            for (long f = 0; f < m; f++) {
-                for (long i = 0; i < wide; i += W)
-                    *(vec *)(of_q + f * T + i) += *(vec *)(slope + i) * before[f * ss + dim];
-                copy(of_pq + (h * m + f) * n + begin, of_q + f * T, size);
-            }
+            of_queries(before, size, phi_k, v + begin * sv, sv, gt, slope, d, of_q);
+            for (long f = 0; f < m; f++) copy(of_pq + (h * m + f) * n + begin, of_q + f * T, size);
             gather(d, T, size, wide, 1.0f, turned, T);
             add_later(m, size, phi_q, T, 1, turned, of_k);
             gather(a, T, size, wide, 1.0f, turned, T);
             add_later(dim, size, gs, 1, dim, turned, of_vt);
-            product(m, dim, size, phi_q, T, 1, gs, dim, later, ss, 1);
-            for (long f = 0; f < m; f++) {
-                vec sum = {0};
-                for (long i = 0; i < wide; i += W) sum += *(vec *)(phi_q + f * T + i) * *(vec *)(slope + i);
-                later[f * ss + dim] += total_of(sum);
-            }
+            leave(behind, size, phi_q, gs, slope);
         }
         for (long f = 0; f < m; f++) copy(of_pk + f * n + begin, of_k + f * T, size);
         scatter(of_vt, size, dim, of_v + begin * dim);

@@ -168,6 +168,7 @@ void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, c
     Keys c = {k, v, sink_k, sink_v, sk, sv, row, at, w, sinks, dim, scaling};
     float *panel = room_for_panel(&c, n);
     long m = 2 * dim;
+    Sums past_sums = {m, dim, dim, 1, s, z};
     for (long begin = 0, size; begin < real; begin += size) {
         if (kept && begin % SPAN == 0) {
             float *to = kept + begin / SPAN * m * (dim + 1);
@@ -187,25 +188,12 @@ void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, c
             }
             if (skip < size) {
                 features(dim, wide, wq + h * dim * dim, qt, phi_q);
-                past(size, m, phi_k, 1, T, phi_q, a);
-                hide(size, a);
-                product(dim, wide, m, s, 1, dim, phi_q, T, ot, T, 1);
-                add_past(dim, size, vr, 1, dim, a, ot);
-                for (long i = 0; i < wide; i += W) {
-                    vec sum = *(vec *)(sums + i);
-                    for (long f = 0; f < m; f++) sum += *(vec *)(phi_q + f * T + i) * z[f];
-                    for (long j = 0; j < size; j++) sum += *(vec *)(a + j * T + i);
-                    *(vec *)(sums + i) = sum;
-                }
+                read_sums(past_sums, size, phi_q, phi_k, vr, dim, a, ot, sums, 1);
             }
-            for (long i = 0; i < wide; i += W) {
-                vec sum = larger(*(vec *)(sums + i), (vec){0} + FLOOR), inverse = 1.0f / sum;
-                for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i) *= inverse;
-                for (long u = 0; u < W && i + u < size; u++) normaliser[h * n + begin + i + u] = sum[u];
-            }
-            scatter(ot, size, dim, out + (h * n + begin) * dim);
+            for (long i = 0; i < wide; i += W) *(vec *)(sums + i) = larger(*(vec *)(sums + i), (vec){0} + FLOOR);
+            divide(size, dim, ot, sums, out + (h * n + begin) * dim, normaliser + h * n + begin);
         }
-        if (skip < size) enter(m, dim, size, phi_k, vr, dim, s, dim, z, 1);
+        if (skip < size) enter(past_sums, size, phi_k, vr, dim);
     }
     for (long h = 0; h < heads; h++)
         for (long i = (h * n + real) * dim; i < (h + 1) * n * dim; i++) out[i] = 0;
@@ -278,6 +266,7 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
     float *panel = room_for_panel(&c, n), *of_panel = room_for_panel(&c, n);
     float *state = malloc(sizeof(float) * sums), *later = malloc(sizeof(float) * sums), *gz = later + m * dim;
     float *held = malloc(sizeof(float) * room * (SPAN / T));
+    Sums before = {m, dim, dim, 1, state, state + m * dim}, behind = {m, dim, dim, 1, later, gz};
     for (long i = 0; i < sums; i++) later[i] = 0;
     for (long span = real ? (real - 1) / SPAN : -1; span >= 0; span--) {
         Piece pieces[SPAN / T];
@@ -289,7 +278,7 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
             x.z = x.s + m * dim;
             copy(x.s, state, sums);
             x.skip = far_keys(&c, begin, x.size, wk, x.kr, x.vr, kt, x.phi);
-            if (x.skip < x.size) enter(m, dim, x.size, x.phi, x.vr, dim, state, dim, state + m * dim, 1);
+            if (x.skip < x.size) enter(before, x.size, x.phi, x.vr, dim);
             pieces[count] = x;
         }
         while (count--) {
@@ -299,9 +288,7 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
             int far = skip < size;
             if (far) {
                 gather(x->vr, dim, size, dim, 1.0f, vt, T);
-                product(m, wide, dim, later, dim, 1, vt, T, of_k, T, 0);
-                for (long f = 0; f < m; f++)
-                    for (long i = 0; i < wide; i += W) *(vec *)(of_k + f * T + i) += gz[f];
+                of_keys(behind, size, vt, of_k);
                 product(size - skip, dim, m, x->phi + skip, 1, T, later, dim, dv + first * dim, dim, 1);
             }
             for (long h = 0; h < heads; h++) {
@@ -317,27 +304,14 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
                     features(dim, wide, wq + h * dim * dim, qt, phi_q);
                     past(size, m, x->phi, 1, T, phi_q, a);
                     hide(size, a);
-                    past(size, dim, x->vr, dim, 1, gt, d);
-                    for (long j = 0; j < size; j++)
-                        for (long i = 0; i < wide; i += W) *(vec *)(d + j * T + i) += *(vec *)(slope + i);
-                    hide(size, d);
-                    product(m, wide, dim, x->s, dim, 1, gt, T, of_q, T, 0);
-                    add_past(m, size, x->phi, T, 1, d, of_q);
-                    for (long f = 0; f < m; f++)
-                        for (long i = 0; i < wide; i += W)
-                            *(vec *)(of_q + f * T + i) += *(vec *)(slope + i) * x->z[f];
+                    of_queries((Sums){m, dim, dim, 1, x->s, x->z}, size, x->phi, x->vr, dim, gt, slope, d, of_q);
                     of_features(dim, wide, phi_q, of_q);
                     product(dim, wide, dim, wq + h * dim * dim, 1, dim, of_q, T, ot, T, 1);
                     product(dim, dim, size, of_q, T, 1, queries, sq, of_wq + h * dim * dim, dim, 1);
                     gather(d, T, size, wide, 1.0f, turned, T);
                     add_later(m, size, phi_q, T, 1, turned, of_k);
                     product(size - skip, dim, size, a + skip * T, T, 1, gs, dim, dv + first * dim, dim, 1);
-                    product(m, dim, size, phi_q, T, 1, gs, dim, later, dim, 1);
-                    for (long f = 0; f < m; f++) {
-                        vec sum = {0};
-                        for (long i = 0; i < wide; i += W) sum += *(vec *)(phi_q + f * T + i) * *(vec *)(slope + i);
-                        gz[f] += total_of(sum);
-                    }
+                    leave(behind, size, phi_q, gs, slope);
                 }
                 scatter(ot, size, dim, dq + done * dim);
             }

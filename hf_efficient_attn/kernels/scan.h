@@ -46,13 +46,85 @@ static void add_later(long m, long n, const float *x, long xr, long xk, const fl
         product(m, wide - first, n - first, x + first * xk, xr, xk, a + first * T + first, T, c + first, T, 1);
 }
 
-/* Adds n keys, phi (m, T), to the sums s of phi(k) v, rows ss apart, and z of phi(k), sz apart. */
-static void enter(long m, long dim, long n, const float *phi, const float *v, long sv, float *s, long ss, float *z, long sz) {
-    product(m, dim, n, phi, T, 1, v, sv, s, ss, 1);
-    for (long f = 0; f < m; f++) {
+/* The sums of phi(k) v (m, dim), rows ss apart, and of phi(k) (m), sz apart; or what later queries ask of them. */
+typedef struct {
+    long m, dim, ss, sz;
+    float *s, *z;
+} Sums;
+
+/* Adds n keys, phi (m, T) and values (n, dim). */
+static void enter(Sums c, long n, const float *phi, const float *v, long sv) {
+    product(c.m, c.dim, n, phi, T, 1, v, sv, c.s, c.ss, 1);
+    for (long f = 0; f < c.m; f++) {
         vec sum = {0};
         for (long i = 0; i < n; i += W) sum += *(const vec *)(phi + f * T + i);
-        z[f * sz] += total_of(sum);
+        c.z[f * c.sz] += total_of(sum);
+    }
+}
+
+/*
+ * What n queries read of the sums and of one another: numerators ot (dim, T) and normalisers (T), in their place or added to
+ * them, and a, the weights (keys, T) inside the piece.
+ */
+static void read_sums(Sums c, long n, const float *phi_q, const float *phi_k, const float *v, long sv, float *a, float *ot,
+                      float *sums, int add) {
+    long wide = (n + W - 1) / W * W;
+    past(n, c.m, phi_k, 1, T, phi_q, a);
+    hide(n, a);
+    product(c.dim, wide, c.m, c.s, 1, c.ss, phi_q, T, ot, T, add);
+    add_past(c.dim, n, v, 1, sv, a, ot);
+    for (long i = 0; i < wide; i += W) {
+        vec sum = {0};
+        if (add) sum = *(vec *)(sums + i);
+        for (long f = 0; f < c.m; f++) sum += *(const vec *)(phi_q + f * T + i) * c.z[f * c.sz];
+        for (long j = 0; j < n; j++) sum += *(vec *)(a + j * T + i);
+        *(vec *)(sums + i) = sum;
+    }
+}
+
+/* Of n outputs: ot (dim, T) over the normalisers (T), which are kept, to rows of out. */
+static void divide(long n, long dim, float *ot, const float *sums, float *out, float *normaliser) {
+    for (long i = 0; i < n; i += W) {
+        vec inverse = 1.0f / *(const vec *)(sums + i);
+        for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i) *= inverse;
+    }
+    copy(normaliser, sums, n);
+    scatter(ot, n, dim, out);
+}
+
+/* The gradient of phi_k (m, T) from what later queries ask, of n keys with values vt (dim, T). */
+static void of_keys(Sums later, long n, const float *vt, float *of_k) {
+    long wide = (n + W - 1) / W * W;
+    product(later.m, wide, later.dim, later.s, later.ss, 1, vt, T, of_k, T, 0);
+    for (long f = 0; f < later.m; f++)
+        for (long i = 0; i < wide; i += W) *(vec *)(of_k + f * T + i) += later.z[f * later.sz];
+}
+
+/*
+ * The gradient of phi_q (m, T) from those of n numerators, gt (dim, T), and normalisers, slope (T), and d, that of the weights
+ * inside the piece.
+ */
+static void of_queries(Sums before, long n, const float *phi_k, const float *v, long sv, const float *gt, const float *slope,
+                       float *d, float *of_q) {
+    long wide = (n + W - 1) / W * W;
+    past(n, before.dim, v, sv, 1, gt, d);
+    for (long j = 0; j < n; j++)
+        for (long i = 0; i < wide; i += W) *(vec *)(d + j * T + i) += *(const vec *)(slope + i);
+    hide(n, d);
+    product(before.m, wide, before.dim, before.s, before.ss, 1, gt, T, of_q, T, 0);
+    add_past(before.m, n, phi_k, T, 1, d, of_q);
+    for (long f = 0; f < before.m; f++)
+        for (long i = 0; i < wide; i += W)
+            *(vec *)(of_q + f * T + i) += *(const vec *)(slope + i) * before.z[f * before.sz];
+}
+
+/* Adds what n queries ask of the keys before them; gs (n, dim) are the gradients of their numerators. */
+static void leave(Sums later, long n, const float *phi_q, const float *gs, const float *slope) {
+    product(later.m, later.dim, n, phi_q, T, 1, gs, later.dim, later.s, later.ss, 1);
+    for (long f = 0; f < later.m; f++) {
+        vec sum = {0};
+        for (long i = 0; i < n; i += W) sum += *(const vec *)(phi_q + f * T + i) * *(const vec *)(slope + i);
+        later.z[f * later.sz] += total_of(sum);
     }
 }
 
