@@ -108,3 +108,68 @@ def test_padding_leaves_a_fast_gate_s_gradients_alone(dtype):
     for got, want in zip(*(torch.autograd.grad(x.sum(), wanted) for x in (output[1], short)), strict=True):
         torch.testing.assert_close(got, want, atol=near * want.abs().max().item(), rtol=0)
         assert want.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bias", [-2.0, -5.0])
+@torch.no_grad()
+def test_a_row_without_keys_leaves_the_others_alone(bias):
+    """Where none has come yet there is no largest weight to follow."""
+    module, n = make(gate=True, dim=16), 300
+    torch.nn.init.constant_(module.gate.bias, bias)
+    args, hidden = [torch.randn(2, 2, n, 16) for _ in range(3)], torch.randn(2, n, 32)
+    padding = torch.ones(2, n, dtype=torch.bool)
+    padding[1] = False
+    want = module(*(x[:1] for x in args), hidden=hidden[:1], scaling=1.0, causal=True)
+    got = module(*args, hidden=hidden, padding=padding, scaling=1.0, causal=True)
+    torch.testing.assert_close(got[:1], want, atol=1e-3, rtol=1e-3)
+    state, begin, parts = module.make_state(), 0, []
+    padding[1, 200:] = True  # its first token comes with the third call
+    for size in (100, 100, 100):
+        part = [x[:, :, begin : begin + size] for x in args]
+        options = {"hidden": hidden[:, begin : begin + size], "padding": padding[:, begin : begin + size]}
+        state.update(*part[1:])
+        parts.append(module(*part, **options, state=state, scaling=1.0, causal=True))
+        begin += size
+    torch.testing.assert_close(torch.cat(parts, 2)[:1], want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [6.0, 1.0, -1.0])
+@torch.no_grad()
+def test_gates_are_summed_in_full_precision_under_autocast(bias):
+    module, args, hidden = (
+        make(gate=True, num_features=256),
+        [torch.randn(1, 2, 1000, 8) for _ in range(3)],
+        torch.randn(1, 1000, 16),
+    )
+    torch.nn.init.constant_(module.gate.bias, bias)
+    want = module(*args, hidden=hidden, scaling=1.0, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(*args, hidden=hidden, scaling=1.0, causal=True)
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
+@torch.no_grad()
+def test_an_open_gate_has_nothing_to_read():
+    """In float32 sigmoid(104) is 1."""
+    module = make(gate=True, dim=16)
+    torch.nn.init.constant_(module.gate.bias, 104)
+    output = module(
+        *(torch.randn(1, 2, 50, 16) for _ in range(3)), hidden=torch.randn(1, 50, 32), scaling=1.0, causal=True
+    )
+    assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("bias", [6.0, -5.0])
+def test_sums_are_kept_once_a_span_however_fast_the_gate(bias):
+    module, kept = make(gate=True, dim=16, num_features=64), {}
+    torch.nn.init.constant_(module.gate.bias, bias)
+    args, hidden = [torch.randn(1, 2, 1024, 16, requires_grad=True) for _ in range(3)], torch.randn(1, 1024, 32)
+
+    def pack(x):
+        kept[x.data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        module(*args, hidden=hidden, scaling=1.0, causal=True)
+    sums, inputs = 4 * 2 * 64 * 17 * (1024 // 256), sum(x.nbytes for x in args)
+    assert sums < sum(kept.values()) < sums + 3 * inputs

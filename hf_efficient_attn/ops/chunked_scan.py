@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 
 from ..caching import AttentionState
 from .feature_scan import FeatureScan, has_kernel
-from .features import NEVER, Features, References, cuts, feature_maps, finite, halves, padded, rescale
+from .features import NEVER, Features, References, by_span, cuts, feature_maps, finite, halves, padded, rescale
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens of an encoder whose features exist at one time; a decoder's S is kept once for so many
@@ -195,7 +195,7 @@ class _Causal(torch.autograd.Function):
             ctx.features,
             ctx.saved_tensors,
         )
-        count, spans = len(features.params), _by_span(ctx.places)
+        count, spans = len(features.params), by_span(ctx.places, SPAN)
         params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
         map_q, map_k = feature_maps(features, query, key, params, states[0].dtype, ctx.needs_input_grad[9:])
         grad_value = torch.empty_like(value)
@@ -363,15 +363,6 @@ class _Bidirectional(torch.autograd.Function):
             of_phi = (grad_total @ _with_one(value, place, total.dtype).mT).mT
             pull(of_phi.mul_(phi) if features.logarithmic else of_phi)
         return None, None, map_q.of_x, map_k.of_x, grad_value, None, None, *map_q.of_params
-
-
-def _by_span(places: list[tuple[slice, int]]) -> list[list[tuple[slice, int]]]:
-    spans = []
-    for place, index in places:
-        if place.start % SPAN == 0:
-            spans.append([])
-        spans[-1].append((place, index))
-    return spans
 
 
 def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:

@@ -9,12 +9,14 @@ Letters: B batch, H query heads, G key/value heads, N tokens, T tokens of a span
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import kernels
-from .features import Features, References, cuts, feature_maps, halves, rescale
+from .features import Features, References, by_span, cuts, feature_maps, halves, rescale
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens
@@ -45,7 +47,7 @@ class FeatureScan(torch.autograd.Function):
                     pending += halves(place)
                     continue
                 total, weights = followed, _weights(log_q, log_k, place, references.all[-1])
-            if any(ctx.needs_input_grad):
+            if place.start % SPAN == 0 and any(ctx.needs_input_grad):
                 states.append(total.clone())
             maps = map_q(place)[0], map_k(place, lengths)[0]
             given = *(_rows(*pair) for pair in zip(maps, weights, strict=True)), value[:, :, place]
@@ -66,27 +68,43 @@ class FeatureScan(torch.autograd.Function):
     @without_autocast
     def backward(ctx, grad, later, _):
         query, key, value, output, normaliser, lengths, log_q, log_k, *rest = ctx.saved_tensors
-        features, count, spans = ctx.features, len(ctx.features.params), len(ctx.places)
-        params, states, references = rest[:count], rest[count : count + spans], rest[count + spans :]
+        features, count, spans = ctx.features, len(ctx.features.params), by_span(ctx.places, SPAN)
+        params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
         map_q, map_k = feature_maps(features, query, key, params, torch.float32, ctx.needs_input_grad[9:])
         of_value = value.new_empty(value.shape)
         of_log_q, of_log_k = None, None if log_k is None else torch.empty_like(log_k)
         grad = torch.zeros_like(output) if grad is None else grad
         later = torch.zeros_like(states[0]) if later is None else later.clone(memory_format=torch.contiguous_format)
         latest = len(references) - 1
-        for (place, index), total in zip(ctx.places[::-1], states[::-1], strict=True):
-            later, latest = rescale(later, references[index], references[latest]) if index != latest else later, index
-            weights = (None, None) if log_k is None else _weights(log_q, log_k, place, references[index])
+
+        def made(place: slice, index: int):
+            """Maps of a piece's queries and keys, weights and features, (B, H or G, m, T)."""
             maps = map_q(place), map_k(place, lengths)
-            phi = [_rows(raw, weight) for (raw, _), weight in zip(maps, weights, strict=True)]
-            of_phi, saved = [x.new_empty(x.shape) for x in phi], [x[:, :, place] for x in (output, normaliser, grad)]
-            sums, results = (total.clone(), later), (*of_phi, of_value[:, :, place])
-            _run("features_backward", (*phi, value[:, :, place]), features.floor, sums, saved, results)
-            if log_k is not None:
-                of_log_k[:, :, place] = (of_phi[1] * phi[1]).sum(2)
-                of_phi = [_times(*pair) for pair in zip(of_phi, weights, strict=True)]
-            for (_, pull), slope in zip(maps, of_phi, strict=True):
-                pull(slope.mT)
+            weights = (None, None) if log_k is None else _weights(log_q, log_k, place, references[index])
+            return maps, weights, [_rows(raw, weight) for (raw, _), weight in zip(maps, weights, strict=True)]
+
+        for span, total in zip(spans[::-1], states[::-1], strict=True):
+            befores = [total.clone()]
+            for (place, index), (_, following) in pairwise(span):  # where weights rise fast
+                total = befores[-1] + made(place, index)[2][1] @ pad(value[:, :, place].float(), (0, 1), value=1.0)
+                befores.append(rescale(total, references[index], references[following]))
+            for (place, index), total in zip(span[::-1], befores[::-1], strict=True):
+                later, latest = (
+                    rescale(later, references[index], references[latest]) if index != latest else later,
+                    index,
+                )
+                maps, weights, phi = made(place, index)
+                of_phi, saved = (
+                    [x.new_empty(x.shape) for x in phi],
+                    [x[:, :, place] for x in (output, normaliser, grad)],
+                )
+                sums, results = (total, later), (*of_phi, of_value[:, :, place])
+                _run("features_backward", (*phi, value[:, :, place]), features.floor, sums, saved, results)
+                if log_k is not None:
+                    of_log_k[:, :, place] = (of_phi[1] * phi[1]).sum(2)
+                    of_phi = [_times(*pair) for pair in zip(of_phi, weights, strict=True)]
+                for (_, pull), slope in zip(maps, of_phi, strict=True):
+                    pull(slope.mT)
         if log_q is not None:  # what a query reads cancels but where the floor is its divisor
             kept = (grad.to(log_q.dtype) * output).sum(3).masked_fill(normaliser.abs() > features.floor, 0)
             of_log_q = kept.unflatten(1, (key.shape[1], -1)).sum(2)

@@ -126,8 +126,8 @@ class References:
 
 
 def rise(low: Tensor, high: Tensor) -> float:
-    """The largest over all features."""
-    return float((high - low).max())
+    """The largest over all features; none where there is no key yet."""
+    return float((high - low).masked_fill(high == NEVER, 0.0).max())
 
 
 def rescale(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
@@ -142,6 +142,16 @@ def finite(top: Tensor) -> Tensor:
 
 def cuts(length: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def by_span(places: list[tuple[slice, int]], span: int) -> list[list[tuple[slice, int]]]:
+    """The pieces, in order, of each `span` tokens."""
+    spans = []
+    for place, index in places:
+        if place.start % span == 0:
+            spans.append([])
+        spans[-1].append((place, index))
+    return spans
 
 
 def padded(lengths: Tensor, place: slice) -> Tensor:

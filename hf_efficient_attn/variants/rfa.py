@@ -108,12 +108,13 @@ class RfaAttention(EfficientAttention):
         Of the tokens, counted from the call's start on; and the logarithm (B, G) of the share that the call leaves of the
         sums before it.
         """
-        given = nn.functional.linear(hidden, self.gate.weight.to(hidden), self.gate.bias.to(hidden)).mT
+        with torch.autocast(hidden.device.type, enabled=False):  # sums of many logarithms
+            given = nn.functional.linear(hidden, self.gate.weight.to(hidden), self.gate.bias.to(hidden)).mT
         log_left = logsigmoid(given).cumsum(2)
         all_left = (
             log_left if state is None else log_left + state.entries.get("log_left", log_left.new_zeros(1))[..., None]
         )
-        sum_of_weights = -torch.expm1(all_left)
+        sum_of_weights = (-torch.expm1(all_left)).clamp_min(torch.finfo(hidden.dtype).tiny)
         weights = Weights(log_left - sum_of_weights.log(), logsigmoid(-given) - log_left)
         if lengths is None:
             return weights, log_left[..., -1]
