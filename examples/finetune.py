@@ -52,6 +52,8 @@ from examples.variants import EAGER, RunSpec, read_runs
 from hf_efficient_attn import describe
 from hf_efficient_attn.recovery import attention_errors, attention_transfer, patched_layers
 
+HALVINGS = 4  # of what a layer learned, before it is put back as a whole
+
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """
@@ -144,9 +146,10 @@ def recover_run(
     session: Session, run: RunSpec, model, examples: Examples, bars: Progress, task: TaskID
 ) -> dict[str, Any]:
     """
-    Attention transfer, of all layers or block by block, or the word that there is nothing to train. A layer whose error rose
-    is put back; layers of which one owns what all learn stay together, and their errors are added up. What a block learned
-    is kept beside the run's checkpoint, so that a run which is continued does not learn it again.
+    Attention transfer, of all layers or block by block, or the word that there is nothing to train. Of a layer whose error
+    rose half of the change is put back, up to `HALVINGS` times, and then all of it; layers of which one owns what all learn
+    stay together, and their errors are added up. What a block learned is kept beside the run's checkpoint, so that a run
+    which is continued does not learn it again.
     """
     args, folder = session.args, session.folder / run.folder
     groups = learning_layers(model)
@@ -160,6 +163,7 @@ def recover_run(
         "seconds": 0.0,
         "losses": [],
         "errors_before": errors_of(model, probe),
+        "shortened": [],
         "undone": [],
     }
     size = args.recover_blocks or len(groups)
@@ -181,15 +185,24 @@ def recover_run(
                     torch.save(saved, kept)
                     shutil.rmtree(folder / "transfer", ignore_errors=True)
             session.accelerator.wait_for_everyone()
-        errors = zip(found["errors_before"], errors_of(model, probe), strict=True)
-        rise = {before["layer"]: after["error"] - before["error"] for before, after in errors}
-        worse = [number for group in chosen if not sum(rise[n] for n in group) <= 0 for number in group]
+        worse = shorter = worse_layers(chosen, found["errors_before"], errors_of(model, probe))
+        for _ in range(HALVINGS):
+            if worse:
+                transfer.undo(worse, keep=0.5)
+                worse = worse_layers(chosen, found["errors_before"], errors_of(model, probe))
         if worse:
             transfer.undo(worse)
+        found["shortened"] += [number for number in shorter if number not in worse]
         found["undone"] += worse
         for name, value in saved["training"].items():
             found[name] += value
     return found | {"errors": errors_of(model, probe)}
+
+
+def worse_layers(groups: list[list[int]], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[int]:
+    """Layers of the groups whose error rose, or is no number."""
+    rise = {old["layer"]: new["error"] - old["error"] for old, new in zip(before, after, strict=True)}
+    return [number for group in groups if not sum(rise[n] for n in group) <= 0 for number in group]
 
 
 def errors_of(model, batches) -> list[dict[str, Any]]:

@@ -227,25 +227,34 @@ def _recovery(results: dict[str, Any]) -> list[str]:
         "## Attention transfer",
         "Before fine-tuning each variant's own parameters learned their layer's dense attention. The error is the squared "
         "distance from dense attention's output relative to its square, on a few texts, the mean over layers; a layer whose "
-        "error rose was put back; `recovered` is the metric then.",
+        "error rose went back half of its way, again where need be, or to where it began; `recovered` is the metric then.",
         _markdown_table(*_recovery_table(results)),
     ]
 
 
 def _recovery_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head = ["", "tokens", "error before", "error after", "layers, lowest to highest after", "put back"]
+    head = [
+        "",
+        "tokens",
+        "error before",
+        "error after",
+        "layers, lowest to highest after",
+        "part of the way",
+        "put back",
+    ]
     body = []
     for row in results["rows"]:
         recovery = row.get("recovery")
         if recovery is None:
             continue
         if not recovery["errors"]:
-            body.append([row["label"], "0", DASH, DASH, recovery["note"], DASH])
+            body.append([row["label"], "0", DASH, DASH, recovery["note"], DASH, DASH])
             continue
         errors = [[layer["error"] for layer in recovery[name]] for name in ("errors_before", "errors")]
         means = [number(sum(of) / len(of)) for of in errors]
         span = f"{number(min(errors[1]))} to {number(max(errors[1]))}"
-        body.append([row["label"], f"{recovery['tokens']:,}", *means, span, str(len(recovery["undone"]))])
+        ended = (str(len(recovery.get(name, []))) for name in ("shortened", "undone"))
+        body.append([row["label"], f"{recovery['tokens']:,}", *means, span, *ended])
     return head, body
 
 

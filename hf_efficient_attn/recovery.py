@@ -94,7 +94,7 @@ class Transfer:
     """
     What `attention_transfer` gives: `parameters`, those of the chosen layers' variants, and `groups(lr)` of them for an
     optimizer; `loss()`, the mean of the layers' relative errors in the latest forward; `errors()`, the errors by layer;
-    `undo(layers)`, which puts back what a layer's parameters were when the transfer began.
+    `undo(layers)`, which puts back, in whole or in part, what a layer's parameters were when the transfer began.
     """
 
     def __init__(self, layers: list[tuple[int, str, EfficientAttention]]) -> None:
@@ -121,9 +121,10 @@ class Transfer:
             raise RuntimeError("there is nothing to compare yet: call the model first.")
 
     @torch.no_grad()
-    def undo(self, layers: Layers) -> None:
+    def undo(self, layers: Layers, keep: float = 0.0) -> None:
         """
-        Puts back what these layers' variants held when the transfer began; parameters that layers share for all of them.
+        Puts back what these layers' variants held when the transfer began, but for the share `keep` of what changed since;
+        parameters that layers share for all of them.
 
         Raises:
             ValueError: a layer that takes no part.
@@ -132,9 +133,14 @@ class Transfer:
         chosen = parse_layers(layers, max(own) + 1)
         if set(chosen) - set(own):
             raise ValueError(f"layers = {layers!r}: the transfer has layers {own}.")
+        done = set()
         for (number, _, variant), start in zip(self._layers, self._start, strict=True):
-            if number in chosen:
-                variant.load_state_dict(start)
+            if number not in chosen:
+                continue
+            for name, x in variant.state_dict().items():  # which are the variant's own tensors
+                if x.data_ptr() not in done:
+                    done.add(x.data_ptr())
+                    x.copy_(torch.lerp(start[name], x, keep) if keep and x.is_floating_point() else start[name])
 
     def loss(self) -> Tensor:
         """

@@ -86,9 +86,23 @@ def test_rates_follow_the_size_of_a_parameter_and_layers_can_be_put_back() -> No
             parameter.data += 1
     with pytest.raises(ValueError, match="layer 2 does not exist"):
         transfer.undo([2])
+    moved = {n: p.detach().clone() for n, p in model.named_parameters()}
+    transfer.undo("0", keep=0.25)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), start[n] + (moved[n] - start[n]) * (0.25 if ".0." in n else 1))
     transfer.undo("1")
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert changed and changed == {n for n in start if ".efficient_attn." in n and ".0." in n}
+
+
+def test_what_layers_share_goes_back_once() -> None:
+    model, _ = build("bert", sharing="layerwise")
+    with attention_transfer(model) as transfer:
+        (shared,) = transfer.parameters
+        start = shared.detach().clone()
+        shared.data += 1
+        transfer.undo("0-1", keep=0.5)
+    torch.testing.assert_close(shared.detach(), start + 0.5)
 
 
 def test_the_rate_of_an_identity_is_that_of_its_diagonal() -> None:
