@@ -183,7 +183,7 @@ def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:
     """The report's words on the base model."""
     return {
         "name": name,
-        "base_model": embedded.HUB_NAMES.get(name) or (None if Path(name).exists() else name),
+        "base_model": embedded.HUB_NAMES.get(name) if name in embedded.MODELS or Path(name).exists() else name,
         "type": model.config.model_type,
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -240,7 +240,7 @@ def choose(
 ) -> dict[str, Any]:
     """
     The mapping behind `patch_model(model, "auto", data=..., budget=...)`. Without `candidates`: every attention variant that
-    brings no parameters, and so needs no training, with its own defaults.
+    brings no parameters, and so has nothing of its own to train, with its defaults.
     """
     if data is None or budget is None:
         raise ValueError('"auto" chooses by your text and budget: give data=, a list of batches, and budget=.')
