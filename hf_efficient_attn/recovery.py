@@ -107,14 +107,21 @@ class Transfer:
         """
         The parameters, each with a rate relative to its size: lr times the root mean square of its entries that are not
         zero (of a map that begins as the identity: 1), or lr where all are. One rate for all would leave feature maps as
-        they are or tear small projections apart (Shazeer and Stern 2018, Adafactor, arXiv:1804.04235, section 8).
+        they are or tear small projections apart (Shazeer and Stern 2018, Adafactor, arXiv:1804.04235, section 8). A variant
+        may know better of its own (`EfficientAttention.step_of`).
 
         Raises:
             ValueError: these variants bring no parameters.
         """
         if not self.parameters:
             raise ValueError("these variants bring no parameters to train; fine-tune the model's own weights.")
-        return [{"params": [p], "lr": lr * _size(p)} for p in self.parameters]
+        steps = {}
+        for _, _, variant in self._layers:
+            for part in variant.modules():
+                for name, p in part.named_parameters(recurse=False):
+                    step = part.step_of(name, p.detach()) if isinstance(part, EfficientAttention) else None
+                    steps[p] = _size(p) if step is None else step
+        return [{"params": [p], "lr": lr * steps[p]} for p in self.parameters]
 
     def _check_called(self) -> None:
         if any(watch.distance is None for watch in self._watches):

@@ -156,6 +156,13 @@ class EfficientAttention(EfficientLayer):
         """
         raise NotImplementedError(f"{type(self).__name__} must define attend().")
 
+    def step_of(self, name: str, parameter: Tensor) -> float | None:
+        """
+        What a step of attention transfer is relative to, for a parameter of the variant's own; None: to its size, as in
+        `recovery.Transfer.groups`.
+        """
+        return None
+
     def make_state(self) -> AttentionState:
         """An empty decoder state; a cache layer of Transformers."""
         return AttentionState()

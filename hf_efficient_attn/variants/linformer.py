@@ -119,6 +119,13 @@ class LinformerAttention(EfficientAttention):
             self.slots = rank
             self.slot_bias = nn.Parameter(torch.zeros(host.num_heads))
 
+    def step_of(self, name: str, parameter: Tensor) -> float | None:
+        """
+        Of a projection, whose rows begin as means: the mean entry. Keys and values have much in common, so that what all
+        entries of a row gain adds up, most of all where they were zero.
+        """
+        return parameter.abs().mean().item() if name.startswith("proj") else None
+
     @classmethod
     def resolve(cls, config: LinformerConfig, host: HostShape) -> LinformerConfig:
         if config.max_length is not None:
