@@ -19,6 +19,7 @@ class ToyConfig(EfficientAttentionConfig):
 
     block_size: int = option(8, "tokens", minimum=1)
     num_sinks: int = option(0, "tokens", minimum=0)
+    global_tokens = 0  # which its oracle asks for
 
     @classmethod
     def dense_limit(cls, length, causal):
