@@ -145,9 +145,10 @@ class Transfer:
             if number not in chosen:
                 continue
             for name, x in variant.state_dict().items():  # which are the variant's own tensors
-                if x.data_ptr() not in done:
-                    done.add(x.data_ptr())
-                    x.copy_(torch.lerp(start[name], x, keep) if keep and x.is_floating_point() else start[name])
+                if x.data_ptr() not in done and not torch.equal(x, start[name]):  # a threshold may be -inf
+                    part_way = keep and x.is_floating_point()
+                    x.copy_(torch.lerp(start[name], x, keep) if part_way else start[name])
+                done.add(x.data_ptr())
 
     def loss(self) -> Tensor:
         """

@@ -97,6 +97,17 @@ def test_rates_follow_the_size_of_a_parameter_and_layers_can_be_put_back() -> No
     assert changed and changed == {n for n in start if ".efficient_attn." in n and ".0." in n}
 
 
+def test_an_infinite_threshold_stays_where_it_is() -> None:
+    model, _ = build(variant="mixture_of_depths", capacity=1.0)
+    with attention_transfer(model) as transfer:
+        for parameter in transfer.parameters:
+            parameter.data += 1
+        transfer.undo("0-1", keep=0.5)
+    state = {n: x for n, x in model.state_dict().items() if ".efficient_attn." in n}
+    assert {x.item() for n, x in state.items() if "threshold" in n} == {float("-inf")}
+    assert all(not x.isnan().any() for x in state.values())
+
+
 def test_what_layers_share_goes_back_once() -> None:
     model, _ = build("bert", sharing="layerwise")
     with attention_transfer(model) as transfer:
