@@ -1,6 +1,6 @@
 """
-Exact attention of lines of queries, each of one head, which stand at positions of their own, by the kernel of ranges
-(kernels/ranges.c): what was not chosen is in no line and costs nothing.
+Exact attention of lines of queries, each of one head, which stand at positions of their own: what was not chosen is in no line
+and costs nothing. On a CPU and without dropout by the kernel of ranges (kernels/ranges.c).
 
 Letters: B batch, H query heads, G key/value heads, S keys, L queries of all lines, D head size.
 """
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .exact import exact_attention, masked_attention
+from .joint import CHUNK, Part, joint_attention
 from .precision import first_order, without_autocast
-from .ranges import QUERIES, Tile
+from .ranges import QUERIES, Tile, has_kernel
 
 
 @torch.compiler.disable
@@ -28,13 +30,24 @@ def line_attention(
     ends: list[int],
     *,
     scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """
     queries (L, D) -> (L, D): B H lines one behind the other, of counts[b H + h] queries each; key, value (B, G, S, D), of which
     row b has the first ends[b]. at: (L,), the slot of the key that a query is the last to see, ascending in a line; None: all.
     """
-    plan = _Plan(kernels.load("ranges"), counts, [0, *accumulate(counts)], at, ends, scaling)
-    return _Lines.apply(plan, queries, key, value)
+    if max(counts) > 1 and has_kernel(queries, dropout):  # single queries are not worth a call each
+        plan = _Plan(kernels.load("ranges"), counts, [0, *accumulate(counts)], at, ends, scaling)
+        return _Lines.apply(plan, queries, key, value)
+    share, outputs = len(counts) // (key.shape[0] * key.shape[1]), []
+    heads = [x.flatten(0, 1).unbind(0) for x in (key, value)]
+    places = [None] * len(counts) if at is None else at.split(counts)
+    for line, (q, place) in enumerate(zip(queries.split(counts), places, strict=True)):
+        if len(q):
+            end = ends[line * len(ends) // len(counts)]
+            given = q[None, None], *(x[line // share][None, None, :end] for x in heads)
+            outputs.append(_one_line(*given, place, scaling, dropout))
+    return torch.cat(outputs, 2)[0, 0]
 
 
 class _Plan(NamedTuple):
@@ -100,3 +113,41 @@ class _Lines(torch.autograd.Function):
             ctx.plan.library.ranges_backward, (queries, output, total, grad), (of_query,), (key, value), tuple(sums)
         )
         return None, of_query, *sums
+
+
+def _one_line(query: Tensor, key: Tensor, value: Tensor, at: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    """query (1, 1, T, D) at the ascending positions `at` (T,) or seeing all; key, value (1, 1, S, D) -> (1, 1, T, D)."""
+    if at is None:
+        return exact_attention(query, key, value, lengths=None, scaling=scaling, dropout=dropout, causal=False)
+    chunks = [(begin, min(begin + CHUNK, query.shape[2])) for begin in range(0, query.shape[2], CHUNK)]
+    edges = at[[place for begin, end in chunks for place in (begin, end - 1)]].tolist()
+    if edges[-1] - edges[0] + 1 == query.shape[2]:  # nothing was left out between
+        return exact_attention(
+            query, key, value, lengths=edges[-1] + 1, scaling=scaling, dropout=dropout, causal=True, offset=edges[0]
+        )
+    slots = torch.arange(key.shape[2], device=key.device)
+    if dropout:
+
+        def visible(begin: int, end: int) -> Tensor:
+            return (slots <= at[begin:end, None])[None, None]
+
+        return masked_attention(query, key, value, visible, scaling=scaling, dropout=dropout)
+    parts = []
+    for (begin, end), first, last in zip(chunks, edges[0::2], edges[1::2], strict=True):
+        parts.append(_stretch(key, value, 0, first + 1, (begin, end), None))  # seen by all of the chunk
+        if last > first:
+            seen = slots[first + 1 : last + 1] <= at[begin:end, None]
+            parts.append(_stretch(key, value, first + 1, last + 1, (begin, end), seen[None, None]))
+    return joint_attention(query, parts, scaling=scaling)
+
+
+def _stretch(key: Tensor, value: Tensor, first: int, last: int, span: tuple[int, int], mask: Tensor | None) -> Part:
+    """The keys first..last-1, read where they lie by the queries `span`."""
+    return Part(
+        key,
+        value,
+        mask=mask,
+        span=span,
+        gather=lambda x: x[:, :, first:last],
+        scatter=lambda total, gradient: total[:, :, first:last].add_(gradient),
+    )

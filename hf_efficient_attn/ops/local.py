@@ -511,10 +511,7 @@ def segment_encoder(
         parts += Shared(key, value, everyone, outside, first, pattern.far_from(everyone)).parts(n)
     if pattern.memory or everyone or far is not None:
         output = joint_attention(query, parts, **options)
-        if not everyone:
-            return output
-        first = exact_attention(query[:, :, :everyone], key, value, lengths=lengths, causal=False, **options)
-        return torch.cat([first, output[:, :, everyone:]], 2)
+        return _with_globals(output, query, key, value, everyone, lengths, **options)
     outputs = []
     for part in parts:
         tiles = part.arrange(query[:, :, slice(*part.span)]), part.gather(key), part.gather(value)
@@ -628,10 +625,17 @@ def band_encoder(
             ends = ((ends[:, None] + (d - 1 - torch.arange(d, device=query.device))) // d).flatten()
         rows = [residues(x, d) for x in (query, key, value)]
         output = from_residues(_band_tiles(*rows, window, ends, shared, **options), d, n)
-    if everyone:
-        first = exact_attention(query[:, :, :everyone], key, value, lengths=lengths, causal=False, **options)
-        output = torch.cat([first, output[:, :, everyone:]], 2)
-    return output
+    return _with_globals(output, query, key, value, everyone, lengths, **options)
+
+
+def _with_globals(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, everyone: int, lengths, **options
+) -> Tensor:
+    """The output, in which the first `everyone` queries attend to all tokens."""
+    if not everyone:
+        return output
+    first = exact_attention(query[:, :, :everyone], key, value, lengths=lengths, causal=False, **options)
+    return torch.cat([first, output[:, :, everyone:]], 2)
 
 
 def _band_ranges(n: int, window: int, everyone: int) -> list[Tile]:

@@ -26,10 +26,7 @@ from torch import Tensor
 
 from ..caching import Count, TokenStore
 from ..config import EfficientAttentionConfig, option
-from ..ops.exact import exact_attention, masked_attention
-from ..ops.joint import CHUNK, Part, joint_attention
 from ..ops.lines import line_attention
-from ..ops.ranges import has_kernel
 from ..ops.router import Router, balance_loss, best
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
@@ -136,69 +133,18 @@ def attend_where(
     line is a small attention problem of its own: what was not chosen is in none.
     """
     batch, heads, n, size = query.shape
-    group = heads // key.shape[1]
     picked = chosen.flatten().nonzero()[:, 0]
-    counts = chosen.sum(2).flatten().tolist()
-    queries = query.reshape(-1, size).index_select(0, picked)
-    ends, starts = _per_row(key.shape[2] if used is None else used, batch), _per_row(offset, batch)
     output = query.new_zeros(batch * heads * n, size)
-    if not len(picked):
-        return output.view(query.shape)
-    if n > 1 and has_kernel(query, dropout):
-        at = picked % n + torch.tensor(starts)[picked // (heads * n)] if causal else None
-        found = line_attention(queries, key, value, counts, at, ends, scaling=scaling)
-    else:
-        places, outputs = (picked % n).split(counts), []
-        keys, values = (x.flatten(0, 1).unbind(0) for x in (key, value))
-        for line, (q, at) in enumerate(zip(queries.split(counts), places, strict=True)):
-            if len(q) == 0:
-                continue
-            row = line // heads
-            q, k, v = q[None, None], *(x[line // group][None, None, : ends[row]] for x in (keys, values))
-            if causal:
-                outputs.append(_causal_line(q, k, v, at + starts[row], scaling, dropout))
-            else:
-                outputs.append(exact_attention(q, k, v, lengths=None, scaling=scaling, dropout=dropout, causal=False))
-        found = torch.cat(outputs, 2)[0, 0]
-    weighted = found * gates.reshape(-1)[picked, None].to(query.dtype)
-    return output.index_copy(0, picked, weighted).view(query.shape)
+    if len(picked):
+        queries, counts = query.reshape(-1, size).index_select(0, picked), chosen.sum(2).flatten().tolist()
+        ends, at = _per_row(key.shape[2] if used is None else used, batch), None
+        if causal:
+            starts = torch.as_tensor(offset, device=picked.device).expand(batch)
+            at = picked % n + starts[picked // (heads * n)]
+        found = line_attention(queries, key, value, counts, at, ends, scaling=scaling, dropout=dropout)
+        output = output.index_copy(0, picked, found * gates.reshape(-1)[picked, None].to(query.dtype))
+    return output.view(query.shape)
 
 
 def _per_row(count: Count, batch: int) -> list[int]:
     return [count] * batch if isinstance(count, int) else count.tolist()
-
-
-def _causal_line(query: Tensor, key: Tensor, value: Tensor, at: Tensor, scaling: float, dropout: float) -> Tensor:
-    """query (1, 1, T, D) at the ascending positions `at` (T,); key, value (1, 1, S, D) -> (1, 1, T, D)."""
-    chunks = [(begin, min(begin + CHUNK, query.shape[2])) for begin in range(0, query.shape[2], CHUNK)]
-    edges = at[[place for begin, end in chunks for place in (begin, end - 1)]].tolist()
-    if edges[-1] - edges[0] + 1 == query.shape[2]:  # nothing was left out between
-        return exact_attention(
-            query, key, value, lengths=edges[-1] + 1, scaling=scaling, dropout=dropout, causal=True, offset=edges[0]
-        )
-    slots = torch.arange(key.shape[2], device=key.device)
-    if dropout:
-
-        def visible(begin: int, end: int) -> Tensor:
-            return (slots <= at[begin:end, None])[None, None]
-
-        return masked_attention(query, key, value, visible, scaling=scaling, dropout=dropout)
-    parts = []
-    for (begin, end), first, last in zip(chunks, edges[0::2], edges[1::2], strict=True):
-        parts.append(_stretch(key, value, 0, first + 1, (begin, end), None))  # seen by all of the chunk
-        if last > first:
-            seen = slots[first + 1 : last + 1] <= at[begin:end, None]
-            parts.append(_stretch(key, value, first + 1, last + 1, (begin, end), seen[None, None]))
-    return joint_attention(query, parts, scaling=scaling)
-
-
-def _stretch(key: Tensor, value: Tensor, first: int, last: int, span: tuple[int, int], mask: Tensor | None) -> Part:
-    """The keys first..last-1, read where they lie by the queries `span`."""
-    return Part(
-        key,
-        value,
-        mask=mask,
-        span=span,
-        gather=lambda x: x[:, :, first:last],
-        scatter=lambda total, gradient: total[:, :, first:last].add_(gradient),
-    )
