@@ -108,9 +108,10 @@ def test_prompt_lookup_equals_greedy(variant: str):
     assert torch.equal(generated(model, inputs, prompt_lookup_num_tokens=3), generated(model, inputs))
 
 
-def test_dense_model_with_a_patched_assistant():
+def test_dense_model_with_a_patched_assistant(deprecations: Any):
     model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs(batch=1, length=13)
     assert torch.equal(generated(model, inputs, assistant_model=patched_decoder("llama")), generated(model, inputs))
+    deprecations.messages.clear()  # how Transformers calls the assistant
 
 
 @pytest.mark.parametrize("with_config", [True, False])
@@ -243,10 +244,11 @@ def test_tokens_to_take_back_counted_by_a_tensor():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_draft_by_the_first_layers(variant: str):
+def test_a_draft_by_the_first_layers(variant: str, deprecations: Any):
     """A model drafts for itself by its first layer, with a cache of one layer."""
     model, inputs = patched_decoder("llama", variant), row(ZOO["llama"].inputs(length=13), 0)
     assert torch.equal(generated(model, inputs, assistant_early_exit=1), generated(model, inputs))
+    deprecations.messages.clear()  # how Transformers calls the assistant
 
 
 def test_a_mask_that_hides_what_the_cache_has_read_raises():
