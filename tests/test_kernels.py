@@ -165,24 +165,26 @@ def test_queries_and_values_in_different_precisions(config) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("config", "name", "causal"),
     [
-        (SlidingWindowConfig(window=20), "ranges"),
-        (LinformerConfig(rank=32, max_length=128, segment_size=16), "ranges"),
-        (TopkBlocksConfig(block_size=16, top_k=4), "blocks"),
-        (PerformerConfig(num_features=32), "exponentials"),
-        (HedgehogConfig(window=20), "hybrid"),
+        (SlidingWindowConfig(window=20), "ranges", True),
+        (SlidingWindowConfig(window=20), "ranges", False),
+        (LinformerConfig(rank=32, max_length=128, segment_size=16), "ranges", True),
+        (TopkBlocksConfig(block_size=16, top_k=4), "blocks", True),
+        (PerformerConfig(num_features=32), "exponentials", True),
+        (HedgehogConfig(window=20), "hybrid", True),
+        (HedgehogConfig(window=20), "hybrid", False),
     ],
 )
-def test_half_precision_is_widened(calls, config, name, dtype) -> None:
+def test_half_precision_is_widened(calls, config, name, causal, dtype) -> None:
     """Forward and backward by the kernel, no further from double precision than PyTorch's operators in half precision."""
-    module = build(config, HostShape(6, 2, 32, 192, True))
+    module = build(config, HostShape(6, 2, 32, 192, causal))
     g = torch.Generator().manual_seed(0)
     given = [torch.randn(2, heads, 100, 32, generator=g).to(dtype) for heads in (6, 2, 2)]
 
     def results(dtype: torch.dtype) -> list[torch.Tensor]:
         own = [x.to(dtype).requires_grad_() for x in given]
-        output = module.to(dtype)(*own, scaling=0.2, causal=True)
+        output = module.to(dtype)(*own, scaling=0.2, causal=causal)
         grads = torch.autograd.grad(output.double().square().mean(), own)
         assert {x.dtype for x in (output, *grads)} == {dtype}
         return [x.detach().double() for x in (output, *grads)]

@@ -1,12 +1,13 @@
 /*
- * A decoder's attention by a window read exactly and learned features of what lies before it (ops/hybrid_decoder.py), on a CPU,
- * float32. With y = W x, m = 2 dim features phi(x) = [softmax(y), softmax(-y)], logits a_ij = scaling q_i . k_j, c_i the largest
- * of the near keys' and a gate s of each query head,
+ * Attention by a window read exactly and learned features of what lies outside (ops/hybrid_scan.py), on a CPU, float32. With
+ * y = W x, m = 2 dim features phi(x) = [softmax(y), softmax(-y)], logits a_ij = scaling q_i . k_j, c_i the largest of the near
+ * keys' and a gate s of each query head,
  *
  *     out_i = (s sum_near exp(a_ij - c_i) v_j + sum_far phi(q_i) . phi(k_j) v_j) / (the same with 1 for v_j).
  *
- * Near are the w keys up to i's own and those sinks, the first positions of the text, that lie before them; far are the keys
- * before these w that are no sinks. One call serves a key/value head of a row and its query heads, in pieces of T queries. To
+ * Near are the w keys up to i's own, `ahead` keys after it and those sinks, the first positions of the text, that lie before
+ * them; far are the keys before that are no sinks. An encoder's far keys on the other side are read first, by a call that is
+ * given the text backwards and no gate. One call serves a key/value head of a row and its query heads, in pieces of T queries. To
  * query i the key w before it is the last far one, so that pieces of far keys run w keys behind: inside a piece weights are
  * formed, what lies before it is read from the sums S (m, dim) and z (m) of phi(k) v and phi(k). Everything of a piece is held
  * with its queries side by side, T columns of which `wide` are used.
@@ -18,13 +19,17 @@ enum { HALF = T / 2 }; /* queries that meet one panel of near keys */
 
 typedef struct {
     const float *k, *v, *sink_k, *sink_v; /* rows sk and sv apart; row `row` holds the position `at` of the first query */
-    long sk, sv, row, at, w, sinks, dim;
+    long sk, sv, row, at, w, ahead, sinks, dim, end; /* end: how many rows there are */
     float scaling;
 } Keys;
 
 static long least(long a, long b) { return a < b ? a : b; }
 
 static long most(long a, long b) { return a > b ? a : b; }
+
+static void clear(float *x, long n) {
+    for (long i = 0; i < n; i++) x[i] = 0;
+}
 
 /* What HALF queries meet: rows from..to-1 of near keys, of which the first stands at `place` in the panel; `cols` are real. */
 typedef struct {
@@ -34,7 +39,8 @@ typedef struct {
 static Panel panel_of(const Keys *c, long begin, long half, long n) {
     long cols = least(HALF, n - begin - half), first = c->row + begin + half;
     long low = most(0, c->row + begin - c->w + 1), from = most(0, first - c->w + 1);
-    return (Panel){cols, (cols + W - 1) / W * W, from, first + cols, (c->sinks + from - low) * T + half};
+    long to = least(c->end, first + cols + c->ahead);
+    return (Panel){cols, (cols + W - 1) / W * W, from, to, (c->sinks + from - low) * T + half};
 }
 
 /* out (dim, wide) = the sum over a panel's rows, sinks first, of keys or values times what the panel holds. */
@@ -82,7 +88,8 @@ static void weigh(const Keys *c, long begin, long n, const float *qt, float *pan
         for (long j = 0; j < c->sinks; j++)
             limit(panel + j * T + half, at.wide, j - position + c->w, HALF, c->scaling, largest);
         for (long r = at.from; r < at.to; r++)
-            limit(panel + at.place + (r - at.from) * T, at.wide, r - row, r - row + c->w - 1, c->scaling, largest);
+            limit(panel + at.place + (r - at.from) * T, at.wide, r - row - c->ahead, r - row + c->w - 1, c->scaling,
+                  largest);
         for (long i = 0; i < HALF / W; i++) largest[i] = pick(largest[i] > -1e30f, largest[i], (vec){0});
         for (long j = 0; j < c->sinks; j++) exponentiate(panel + j * T + half, at.wide, largest, sum);
         for (long r = 0; r < at.to - at.from; r++) exponentiate(panel + at.place + r * T, at.wide, largest, sum);
@@ -136,7 +143,7 @@ static long far_keys(const Keys *c, long begin, long size, const float *w, float
     long row = c->row + begin - c->w, skip = most(0, least(size, c->sinks - (c->at + begin - c->w)));
     long wide = (size + W - 1) / W * W;
     if (skip == size) return skip;
-    for (long i = 0; i < skip * c->dim; i++) kr[i] = vr[i] = 0;
+    clear(kr, skip * c->dim), clear(vr, skip * c->dim);
     for (long i = skip; i < size; i++) {
         copy(kr + i * c->dim, c->k + (row + i) * c->sk, c->dim);
         copy(vr + i * c->dim, c->v + (row + i) * c->sv, c->dim);
@@ -151,21 +158,23 @@ static long far_keys(const Keys *c, long begin, long size, const float *w, float
 }
 
 static float *room_for_panel(const Keys *c, long n) {
-    return malloc(sizeof(float) * (c->sinks + least(c->w, c->row + n) + T) * T);
+    return malloc(sizeof(float) * (c->sinks + least(c->w + c->ahead, c->row + n) + T) * T);
 }
 
 /*
  * q, out: `heads` heads, hq and n dim floats apart, of which the first `real` tokens count; query i is row `row` + i of the
  * keys, and the first one stands at position `at`. wq (heads, dim, dim), wk (dim, dim), with the root of the scaling in them;
- * gate (heads); normaliser (heads, n). s, z: the sums before and after. kept: s, z before every SPAN tokens, or null.
+ * gate (heads); normaliser (heads, n). s, z: the sums before and after. kept: s, z before every SPAN tokens, or null. Without a
+ * gate far keys alone are read, and numerators are written as they are; other (heads, n, dim) and other_z (heads, n), or null,
+ * are what such a call gave for keys on the other side.
  */
 void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, const float *v, long sv, const float *sink_k,
                     const float *sink_v, const float *wq, const float *wk, const float *gate, long heads, long n, long real,
-                    long dim, long row, long at, long w, long sinks, float scaling, float *s, float *z, float *kept,
-                    float *out, float *normaliser) {
-    static __thread float kt[MOST * T], kr[MOST * T], vr[MOST * T], qt[MOST * T], ot[MOST * T], a[T * T],
-        phi_k[FEATURES * T], phi_q[FEATURES * T];
-    Keys c = {k, v, sink_k, sink_v, sk, sv, row, at, w, sinks, dim, scaling};
+                    long dim, long row, long at, long w, long ahead, long sinks, float scaling, float *s, float *z,
+                    float *kept, const float *other, const float *other_z, float *out, float *normaliser) {
+    static __thread float kt[MOST * T], kr[MOST * T], vr[MOST * T], qt[MOST * T], ot[MOST * T], xt[MOST * T],
+        a[T * T], phi_k[FEATURES * T], phi_q[FEATURES * T];
+    Keys c = {k, v, sink_k, sink_v, sk, sv, row, at, w, ahead, sinks, dim, row + real, scaling};
     float *panel = room_for_panel(&c, n);
     long m = 2 * dim;
     Sums past_sums = {m, dim, dim, 1, s, z};
@@ -178,25 +187,39 @@ void hybrid_forward(const float *q, long hq, long sq, const float *k, long sk, c
         long wide = (size + W - 1) / W * W, skip = far_keys(&c, begin, size, wk, kr, vr, kt, phi_k);
         for (long h = 0; h < heads; h++) {
             float sums[T];
+            long done = h * n + begin;
             gather(q + h * hq + begin * sq, sq, size, dim, 1.0f, qt, T);
-            weigh(&c, begin, real, qt, panel, sums);
-            for (long half = 0; half < size; half += HALF)
-                times_panel(&c, panel_of(&c, begin, half, real), half, sink_v, v, sv, panel, ot);
-            for (long i = 0; i < wide; i += W) {
-                *(vec *)(sums + i) *= gate[h];
-                for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i) *= gate[h];
+            if (gate) {
+                weigh(&c, begin, real, qt, panel, sums);
+                for (long half = 0; half < size; half += HALF)
+                    times_panel(&c, panel_of(&c, begin, half, real), half, sink_v, v, sv, panel, ot);
+                for (long i = 0; i < wide; i += W) {
+                    *(vec *)(sums + i) *= gate[h];
+                    for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i) *= gate[h];
+                }
+            } else {
+                clear(sums, T), clear(ot, dim * T);
+            }
+            if (other) {
+                gather(other + done * dim, dim, size, dim, 1.0f, xt, T);
+                for (long i = 0; i < dim * T; i += W) *(vec *)(ot + i) += *(vec *)(xt + i);
+                for (long i = 0; i < size; i++) sums[i] += other_z[done + i];
             }
             if (skip < size) {
                 features(dim, wide, wq + h * dim * dim, qt, phi_q);
                 read_sums(past_sums, size, phi_q, phi_k, vr, dim, a, ot, sums, 1);
             }
-            for (long i = 0; i < wide; i += W) *(vec *)(sums + i) = larger(*(vec *)(sums + i), (vec){0} + FLOOR);
-            divide(size, dim, ot, sums, out + (h * n + begin) * dim, normaliser + h * n + begin);
+            if (gate) {
+                for (long i = 0; i < wide; i += W) *(vec *)(sums + i) = larger(*(vec *)(sums + i), (vec){0} + FLOOR);
+                divide(size, dim, ot, sums, out + done * dim, normaliser + done);
+            } else {
+                copy(normaliser + done, sums, size);
+                scatter(ot, size, dim, out + done * dim);
+            }
         }
         if (skip < size) enter(past_sums, size, phi_k, vr, dim);
     }
-    for (long h = 0; h < heads; h++)
-        for (long i = (h * n + real) * dim; i < (h + 1) * n * dim; i++) out[i] = 0;
+    for (long h = 0; h < heads; h++) clear(out + (h * n + real) * dim, (n - real) * dim);
     free(panel);
 }
 
@@ -251,23 +274,23 @@ typedef struct {
 } Piece;
 
 /*
- * Gradients of the above, where nothing came before; g like q, hg and sg apart; dq like out. Those of keys, values (rows, dim),
- * sinks, maps and gate are added.
+ * Gradients of the above, where nothing came before, from the outputs and their normalisers and g like q, hg and sg apart; dq
+ * like out. Those of keys, values (rows, dim), sinks, maps and gate are added.
  */
 void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, const float *v, long sv, const float *sink_k,
                      const float *sink_v, const float *wq, const float *wk, const float *gate, long heads, long n, long real,
-                     long dim, long row, long at, long w, long sinks, float scaling, const float *kept, const float *out,
-                     const float *normaliser, const float *g, long hg, long sg, float *dq, float *dk, float *dv,
-                     float *of_sink_k, float *of_sink_v, float *of_wq, float *of_wk, float *of_gate) {
+                     long dim, long row, long at, long w, long ahead, long sinks, float scaling, const float *kept,
+                     const float *out, const float *normaliser, const float *g, long hg, long sg, float *dq, float *dk,
+                     float *dv, float *of_sink_k, float *of_sink_v, float *of_wq, float *of_wk, float *of_gate) {
     static __thread float kt[MOST * T], vt[MOST * T], qt[MOST * T], gt[MOST * T], ot[MOST * T], gs[T * MOST], a[T * T],
         d[T * T], turned[T * T], phi_q[FEATURES * T], of_q[FEATURES * T], of_k[FEATURES * T];
-    Keys c = {k, v, sink_k, sink_v, sk, sv, row, at, w, sinks, dim, scaling};
+    Keys c = {k, v, sink_k, sink_v, sk, sv, row, at, w, ahead, sinks, dim, row + real, scaling};
     long m = 2 * dim, sums = m * (dim + 1), room = m * T + 2 * T * dim + sums;
     float *panel = room_for_panel(&c, n), *of_panel = room_for_panel(&c, n);
     float *state = malloc(sizeof(float) * sums), *later = malloc(sizeof(float) * sums), *gz = later + m * dim;
     float *held = malloc(sizeof(float) * room * (SPAN / T));
     Sums before = {m, dim, dim, 1, state, state + m * dim}, behind = {m, dim, dim, 1, later, gz};
-    for (long i = 0; i < sums; i++) later[i] = 0;
+    clear(later, sums);
     for (long span = real ? (real - 1) / SPAN : -1; span >= 0; span--) {
         Piece pieces[SPAN / T];
         long count = 0, end = least((span + 1) * SPAN, real);
@@ -298,8 +321,11 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
                 of_quotient(size, dim, g + h * hg + begin * sg, sg, out + done * dim, normaliser + done, FLOOR, gs, slope);
                 gather(queries, sq, size, dim, 1.0f, qt, T);
                 gather(gs, dim, size, dim, 1.0f, gt, T);
-                of_gate[h] += near_gradients(&c, begin, real, gate[h], own, sq, qt, gt, gs, slope, panel, of_panel, ot, dk,
-                                             dv, of_sink_k, of_sink_v);
+                if (gate)
+                    of_gate[h] += near_gradients(&c, begin, real, gate[h], own, sq, qt, gt, gs, slope, panel, of_panel,
+                                                 ot, dk, dv, of_sink_k, of_sink_v);
+                else
+                    clear(ot, dim * T);
                 if (far) {
                     features(dim, wide, wq + h * dim * dim, qt, phi_q);
                     past(size, m, x->phi, 1, T, phi_q, a);
@@ -323,6 +349,5 @@ void hybrid_backward(const float *q, long hq, long sq, const float *k, long sk, 
         }
     }
     free(panel), free(of_panel), free(state), free(later), free(held);
-    for (long h = 0; h < heads; h++)
-        for (long i = (h * n + real) * dim; i < (h + 1) * n * dim; i++) dq[i] = 0;
+    for (long h = 0; h < heads; h++) clear(dq + (h * n + real) * dim, (n - real) * dim);
 }

@@ -32,7 +32,7 @@ from ..config import EfficientAttentionConfig, option
 from ..ops.chunked_scan import Sums, attend_linearly, read_past, stored_sums
 from ..ops.features import Features
 from ..ops.hybrid import Window, window_and_sums
-from ..ops.hybrid_decoder import has_kernel, hybrid_decoder
+from ..ops.hybrid_scan import has_kernel, hybrid_decoder, hybrid_encoder
 from ..ops.local import Band, Context, remember
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
@@ -91,6 +91,8 @@ class HedgehogAttention(EfficientAttention):
         if self.config.window == 0:
             return attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
         gate, w = self.gate.to(accurate).sigmoid(), self.config.window
+        if not causal and has_kernel(query, None):
+            return hybrid_encoder(query, key, value, w, maps, gate, lengths=lengths, scaling=scaling)
         if not causal:
             return self._encode(query, key, value, features, gate, lengths, scaling)
         context = remember(state, key, value, Band(w + 1), num_sinks=self.config.num_sinks, lengths=lengths)

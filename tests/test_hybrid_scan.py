@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(kernels.load("hybrid") is None, reason="no C com
 HEADS, SCALING = 4, 0.2
 
 
-def layer(kv_heads: int, window: int, dim: int = 32, dtype=torch.float32):
+def layer(kv_heads: int, window: int, dim: int = 32, dtype=torch.float32, causal: bool = True):
     """Maps and gates are not what they begin as."""
-    module = build(HedgehogConfig(window=window, num_sinks=3), HostShape(HEADS, kv_heads, dim, HEADS * dim, True))
+    module = build(HedgehogConfig(window=window, num_sinks=3), HostShape(HEADS, kv_heads, dim, HEADS * dim, causal))
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -32,11 +32,11 @@ def inputs(length: int, kv_heads: int, dim: int = 32, scale: float = 1.0, dtype=
     return [x.mul(scale).to(dtype).requires_grad_() for x in args]
 
 
-def results(length: int, kv_heads: int, window: int, dim: int = 32, scale: float = 1.0, dtype=torch.float32):
+def results(causal: bool, length: int, kv_heads: int, window: int, dim: int = 32, scale=1.0, dtype=torch.float32):
     """Output and gradients, of a batch with padding, that of parameters included."""
-    module, args = layer(kv_heads, window, dim, dtype), inputs(length, kv_heads, dim, scale, dtype)
+    module, args = layer(kv_heads, window, dim, dtype, causal), inputs(length, kv_heads, dim, scale, dtype)
     padding = torch.arange(length) >= torch.tensor([0, length // 3, length - 1])[:, None]
-    output = module(*args, padding=padding, scaling=SCALING, causal=True)
+    output = module(*args, padding=padding, scaling=SCALING, causal=causal)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = [*args, *module.parameters()]
     grads = torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)
@@ -58,12 +58,14 @@ def assert_as_exact(calls: list[str], *shape) -> None:
 
 @pytest.mark.parametrize(("kv_heads", "dim", "window"), [(4, 16, 1), (2, 64, 20), (1, 80, 64), (2, 16, 300)])
 @pytest.mark.parametrize("length", [2, 65, 333])
-def test_the_kernel_is_the_scan_and_the_window(calls, length, window, kv_heads, dim) -> None:
-    assert_as_exact(calls, length, kv_heads, window, dim)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_is_the_scan_and_the_window(calls, causal, length, window, kv_heads, dim) -> None:
+    assert_as_exact(calls, causal, length, kv_heads, window, dim)
 
 
-def test_large_logits_do_not_overflow(calls) -> None:
-    assert_as_exact(calls, 200, 2, 20, 64, 12.0)
+@pytest.mark.parametrize("causal", [True, False])
+def test_large_logits_do_not_overflow(calls, causal) -> None:
+    assert_as_exact(calls, causal, 200, 2, 20, 64, 12.0)
 
 
 @pytest.mark.parametrize("splits", [(333,), (70, 263), (1, 64, 200, 68)])
