@@ -12,6 +12,7 @@ from hf_efficient_attn import (
     HostShape,
     LinformerConfig,
     SlidingWindowConfig,
+    StridedConfig,
     TransformerXLConfig,
     kernels,
 )
@@ -33,6 +34,11 @@ LAYERS = [  # head size, length, config
     (64, 333, BlockConfig(block_size=70, num_sinks=4)),
     (16, 259, TransformerXLConfig(segment_size=20, memory_size=50, num_sinks=30)),
     (64, 333, CompressiveConfig(segment_size=16, memory_size=32, compressed_size=11, compression_rate=4, num_sinks=5)),
+    (64, 333, StridedConfig(stride=7, local_size=30, num_sinks=10)),
+    (16, 200, StridedConfig(stride=64, local_size=64)),
+    (80, 259, StridedConfig(stride=2, local_size=0, num_sinks=45)),
+    (32, 130, StridedConfig(stride=300, local_size=2, num_sinks=0)),
+    (32, 130, StridedConfig(stride=1, local_size=20)),
 ]
 
 
@@ -46,6 +52,10 @@ ENCODERS = [
     (16, 259, TransformerXLConfig(segment_size=20, memory_size=50)),
     (64, 333, TransformerXLConfig(segment_size=100, memory_size=30)),
     (64, 333, TransformerXLConfig(segment_size=20, memory_size=30, global_tokens=71)),
+    (64, 333, StridedConfig(stride=7, local_size=30)),
+    (16, 200, StridedConfig(stride=64, local_size=64)),
+    (80, 259, StridedConfig(stride=2, local_size=0)),
+    (32, 130, StridedConfig(stride=300, local_size=1)),
     (16, 259, BlockConfig(block_size=50, global_tokens=1)),
     (64, 333, CompressiveConfig(segment_size=16, memory_size=32, compressed_size=11, compression_rate=4)),
     (16, 200, CompressiveConfig(segment_size=30, memory_size=0, compressed_size=70, compression_rate=3)),

@@ -613,7 +613,8 @@ def band_encoder(
     if everyone == n or (d == 1 and n <= window + 1):
         return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
     if d == 1 and has_kernel(query, dropout):
-        tiles = _band_ranges(n, window, everyone)
+        tiles = [Tile(0, everyone, 0, n, n, 0, everyone)] if everyone else []
+        tiles += band_ranges(range(everyone, n), window, window, everyone, n)
         return range_encoder(query, key, value, tiles, lead=everyone, lengths=lengths, scaling=scaling)
     shared = _globals(key, value, window, d, everyone, lengths)
     if d == 1:
@@ -638,14 +639,17 @@ def _with_globals(
     return torch.cat([first, output[:, :, everyone:]], 2)
 
 
-def _band_ranges(n: int, window: int, everyone: int) -> list[Tile]:
-    """What `band_encoder`'s queries see: the first `everyone` as far keys, or as near ones without regard to the window."""
-    tiles = [Tile(0, everyone, 0, n, n, 0, everyone)] if everyone else []
-    for low in range(everyone, n, QUERIES):
-        high, floor = min(low + QUERIES, n), low - window
+def band_ranges(queries: range, back: int, ahead: int, everyone: int, size: int, *, offset: int = 0) -> list[Tile]:
+    """
+    Of `size` keys query i, at position offset + i, sees those from `back` before it to `ahead` after it; and as far keys, or as
+    near ones without regard to the window, the first `everyone`, but none more than `ahead` after it.
+    """
+    tiles = []
+    for low in range(queries.start, queries.stop, QUERIES):
+        high, floor = min(low + QUERIES, queries.stop), offset + low - back
         begin, far, kept = (floor, everyone, 0) if floor >= everyone else (0, 0, everyone)
-        tile = Tile(low, high, begin, min(high + window, n), low + window, far, everyone, floor=floor, kept=kept)
-        tiles.append(tile)
+        end, diagonal = min(offset + high + ahead, size), offset + low + ahead
+        tiles.append(Tile(low, high, begin, end, diagonal, far, everyone, floor=floor, kept=kept))
     return tiles
 
 

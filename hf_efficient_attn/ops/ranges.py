@@ -75,9 +75,8 @@ def range_attention(
     once. A query that sees nothing gets zeros.
     """
     bias = bias.expand(*query.shape[:2], -1)
-    pieces = [tile.part(first) for tile in tiles for first in range(tile.first, tile.last, QUERIES)]
     limits = [near[0].shape[2]] * len(query) if lengths is None else lengths.tolist()
-    plan = _Plan(kernels.load("ranges"), torch.tensor(pieces), limits, lead, scaling)
+    plan = _Plan(kernels.load("ranges"), pieces(tiles), limits, lead, scaling)
     return _Ranges.apply(plan, query, *near, *far, bias)
 
 
@@ -136,6 +135,11 @@ def range_encoder(
     slots = slots or (key[:, :, :0], value[:, :, :0])
     bias = query.new_zeros(1, query.shape[1], lead + slots[0].shape[2])
     return range_attention(query, (key, value), slots, bias, tiles, lead=lead, lengths=lengths, scaling=scaling)
+
+
+def pieces(tiles: list[Tile]) -> Tensor:
+    """(pieces, 10) int64: the tiles as the kernel takes them."""
+    return torch.tensor([tile.part(first) for tile in tiles for first in range(tile.first, tile.last, QUERIES)])
 
 
 class _Plan(NamedTuple):

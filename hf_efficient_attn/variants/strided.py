@@ -22,8 +22,10 @@ from torch.nn.functional import pad
 from ..caching import Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import gathered_attention
+from ..ops.joined_ranges import Reading, joined_ranges
 from ..ops.joint import Part, joint_attention
-from ..ops.local import Blocks, from_residues, residues
+from ..ops.local import Blocks, band_ranges, from_residues, residues
+from ..ops.ranges import QUERIES, Tile, has_kernel
 from ..ops.rows import shift
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention
@@ -78,14 +80,18 @@ class StridedAttention(EfficientAttention):
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden=None) -> Tensor:
         stride, n = self.config.stride, query.shape[2]
-        offset = start = 0
+        offset = 0
         if state is not None:
             offset = state.count
             buffer = state.store("tokens", TokenStore).extend(key, value, lengths)
             key, value = buffer.key, buffer.value
             if n <= STEP:
                 return self._step(query, key, value, offset, scaling, dropout)
-            start = _floor(offset - self._reach, stride)
+        if isinstance(offset, int) and has_kernel(query, dropout):
+            ends = [key.shape[2]] * len(query) if causal or lengths is None else lengths.tolist()
+            readings = {end: self._readings(offset, n, end) for end in set(ends)}
+            return joined_ranges(query, key, value, [readings[end] for end in ends], scaling=scaling)
+        start = _floor(offset - self._reach, stride)
         skip = offset - start
         span = n + (skip if isinstance(skip, int) else self._reach + stride - 1)
         if isinstance(start, int) and start == 0:
@@ -93,7 +99,7 @@ class StridedAttention(EfficientAttention):
         size = -(-span // stride) * stride
         framed, near_key, near_value = shift(query, skip, size), shift(key, -start, size), shift(value, -start, size)
         used = None
-        if not causal and (lengths is not None or n < size):
+        if not causal and (lengths is not None or n < size or size % self._block(size)):
             ends = torch.full((1,), n, device=key.device) if lengths is None else lengths
             used = (torch.arange(size, device=key.device) < ends[:, None]).expand(key.shape[0], -1)[:, None, :, None]
         parts = [_classes(near_key, near_value, stride, causal, used), *self._neighbours(near_key, near_value, used)]
@@ -108,10 +114,38 @@ class StridedAttention(EfficientAttention):
         """Distance of the farthest neighbour."""
         return max(self.config.local_size - 1, 0) if self.host.causal else self.config.local_size
 
+    def _block(self, size: int) -> int:
+        """Slots of a block in which neighbours are computed."""
+        return min(max(self._reach, BLOCK), size)
+
+    def _readings(self, offset: int, n: int, size: int) -> list[Reading]:
+        """
+        What n queries from position `offset` on read of `size` keys: neighbours and sinks where they stand, and by classes the
+        keys that are neither, which are `apart` places away or more.
+        """
+        stride, reach, causal = self.config.stride, self._reach, self.host.causal
+        sinks = min(self.config.num_sinks, size) if causal else 0
+        near = band_ranges(range(n), reach, 0 if causal else reach, sinks, size, offset=offset)
+        before, after, apart, query, key = [], [], reach // stride + 1, 0, 0
+        for r in range(min(stride, offset + n)):  # `query` and `key` are the places where the class begins
+            begin, end = -(-(offset - r) // stride), -(-(offset + n - r) // stride)
+            first, last = -(-max(sinks - r, 0) // stride), -(-max(size - r, 0) // stride)
+            for low in range(begin, end, QUERIES):
+                high, place = min(low + QUERIES, end), query + low - begin
+                tile = Tile(place, place + high - low, key + first, key + last, key + low - apart, 0, 0)
+                if high - apart > first:
+                    before.append(tile._replace(end=key + min(high - apart, last)))
+                if not causal and low + apart < last:
+                    floor = key + low + apart
+                    after.append(tile._replace(begin=floor, diagonal=key + last, floor=floor))
+            query, key = query + end - begin, key + last
+        orders = (((torch.arange(m) + o) % stride).argsort(stable=True) for m, o in ((n, offset), (size, 0)))
+        return [Reading(None, None, [near], sinks), Reading(*orders, [before, after])]
+
     def _neighbours(self, key: Tensor, value: Tensor, used: Tensor | None) -> list[Part]:
         """Neighbours of other classes, key block by key block; `used` (B, 1, L, 1) bool or None, which keys exist."""
         size = key.shape[2]
-        block = min(max(self._reach, BLOCK), size)
+        block = self._block(size)
         slots, parts = torch.arange(block), []
         for away in (0, -1) if self.host.causal else (0, -1, 1):
             apart = slots[:, None] - (slots + away * block)
