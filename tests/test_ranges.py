@@ -11,6 +11,7 @@ from hf_efficient_attn import (
     CompressiveConfig,
     HostShape,
     LinformerConfig,
+    SinkhornConfig,
     SlidingWindowConfig,
     StridedConfig,
     TransformerXLConfig,
@@ -39,6 +40,9 @@ LAYERS = [  # head size, length, config
     (80, 259, StridedConfig(stride=2, local_size=0, num_sinks=45)),
     (32, 130, StridedConfig(stride=300, local_size=2, num_sinks=0)),
     (32, 130, StridedConfig(stride=1, local_size=20)),
+    (64, 333, SinkhornConfig(block_size=30, temperature=0.2)),
+    (16, 200, SinkhornConfig(block_size=20, num_sinks=0, temperature=0.1)),
+    (32, 130, SinkhornConfig(block_size=23, num_sinks=23, temperature=0.1)),
 ]
 
 
@@ -56,6 +60,9 @@ ENCODERS = [
     (16, 200, StridedConfig(stride=64, local_size=64)),
     (80, 259, StridedConfig(stride=2, local_size=0)),
     (32, 130, StridedConfig(stride=300, local_size=1)),
+    (64, 333, SinkhornConfig(block_size=30, temperature=0.2)),
+    (16, 200, SinkhornConfig(block_size=20, temperature=0.1)),
+    (32, 130, SinkhornConfig(block_size=23, temperature=0.1)),
     (16, 259, BlockConfig(block_size=50, global_tokens=1)),
     (64, 333, CompressiveConfig(segment_size=16, memory_size=32, compressed_size=11, compression_rate=4)),
     (16, 200, CompressiveConfig(segment_size=30, memory_size=0, compressed_size=70, compression_rate=3)),

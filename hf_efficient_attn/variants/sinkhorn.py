@@ -37,8 +37,9 @@ from ..caching import AttentionState, Count, TokenStore, take
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
 from ..ops.joint import Part, joint_attention
-from ..ops.local import Blocks, Segments, local_decoder, remember
+from ..ops.local import Blocks, Segments, in_ranges, local_decoder, remember
 from ..ops.precision import first_order, without_autocast
+from ..ops.ranges import Tile, has_kernel, range_attention, range_decoder
 from ..ops.rows import shift
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention, HostShape
@@ -109,6 +110,13 @@ class SinkhornAttention(EfficientAttention):
         if n <= b:
             return exact_attention(query, key, value, lengths=lengths, causal=False, **options)
         partner_key, partner_value, exists = self._sort(query, key, value, lengths, options["scaling"])
+        if has_kernel(query, options["dropout"]):
+            bias = query.new_zeros(1, 1, partner_key.shape[2] * b)
+            if exists is not None:
+                bias = query.new_zeros(exists.shape).masked_fill(~exists, float("-inf")).flatten(1)[:, None]
+            tiles = [Tile(i, min(i + b, n), i, min(i + b, n), n, 0, i, i + b) for i in range(0, n, b)]
+            slots = partner_key.flatten(2, 3), partner_value.flatten(2, 3)
+            return range_attention(query, (key, value), slots, bias, tiles, lengths=lengths, scaling=options["scaling"])
         parts = [_on_partners(partner_key, partner_value, n, b, mask=exists)]
         for blocks in Blocks.cover(batch, 0, n, b):
             used = None
@@ -178,8 +186,18 @@ class SinkhornAttention(EfficientAttention):
         done = 0 if state is None else state.count // b  # the block that the first query stands in
         context = remember(state, key, value, Segments(b), num_sinks=0, lengths=lengths)
 
+        slots = partners[0].shape[3]
+        if in_ranges(query, context, Segments(b), options["dropout"]):
+            flat = tuple(x.flatten(2, 3) for x in partners)
+            bias = query.new_zeros(1, query.shape[1], flat[0].shape[2])
+
+            def seen(exact: int) -> tuple[int, int]:
+                partner = exact // b - start
+                return (partner * slots, (partner + 1) * slots) if partner >= 0 else (0, 0)
+
+            return range_decoder(query, context, Segments(b), flat, bias, seen, scaling=options["scaling"])
+
         def far(position: Count) -> Part:
-            slots = partners[0].shape[3]
             if n > b:  # the first query is the first of block `done`
                 if isinstance(done, int):
                     return _on_partners(*partners, context.key.shape[2], b, first=start - done)
