@@ -128,7 +128,10 @@ def gathered_attention(
 
 
 def sdpa(query, key, value, *, scaling, dropout=0.0, causal=False, mask=None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention for grouped queries; a query that a mask leaves nothing gets zeros."""
+    """
+    PyTorch's scaled_dot_product_attention for grouped queries. mask: bool, True = attend, where a query that is left nothing
+    gets zeros; or added to the logits.
+    """
     grouped = query.shape[1] != key.shape[1]
     if grouped and not _native_groups(query, mask):
         groups = query.shape[1] // key.shape[1]
@@ -137,7 +140,7 @@ def sdpa(query, key, value, *, scaling, dropout=0.0, causal=False, mask=None) ->
     output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         output = output.masked_fill(~mask.any(-1, keepdim=True), 0)
     return output
 

@@ -337,11 +337,11 @@ def local_decoder(
     """
     n, new, slots = query.shape[2], context.new, context.key.shape[2]
     options = {"scaling": scaling, "dropout": dropout, "far": far}
-    if reads_directly(n, context, pattern):
-        return _direct(query, context, pattern, **options)
-    wide = context.key.shape[2] > pattern.full  # else the fused causal kernel is as good
+    wide = n == 1 or context.key.shape[2] > pattern.full  # else the fused causal kernel is as good
     if wide and far is None and pattern.dilation == 1 and in_ranges(query, context, pattern, dropout):
         return range_decoder(query, context, pattern, scaling=scaling)
+    if reads_directly(n, context, pattern):
+        return _direct(query, context, pattern, **options)
     if isinstance(new, int):
         skip = new // pattern.step * pattern.step if new >= pattern.before else 0
         query = pad(query, (0, 0, new - skip, 0)) if new > skip else query
@@ -361,9 +361,11 @@ def reads_directly(n: int, context: Context, pattern: Segments | Band) -> bool:
 
 
 def in_ranges(query: Tensor, context: Context, pattern: Segments | Band, dropout: float) -> bool:
-    """Whether `range_decoder` serves a call: one of many queries, whose rows stand at the same positions."""
-    aligned = isinstance(context.first, int) and isinstance(context.new, int)
-    return aligned and not reads_directly(query.shape[2], context, pattern) and has_kernel(query, dropout)
+    """Whether `range_decoder` serves a call: rows stand at the same positions, with one query or so many that a kernel pays."""
+    if not (isinstance(context.first, int) and isinstance(context.new, int)) or dropout:
+        return False
+    n = query.shape[2]
+    return n == 1 or (not reads_directly(n, context, pattern) and has_kernel(query, dropout))
 
 
 def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:

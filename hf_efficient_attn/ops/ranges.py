@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import kernels
+from .exact import sdpa
 from .precision import first_order, without_autocast
 
 if TYPE_CHECKING:
@@ -91,13 +92,17 @@ def range_decoder(
     scaling: float,
 ) -> Tensor:
     """
-    As `local_decoder` by the kernel, with slots of what lies before the exact part as its far part: keys and values (B, G or
-    H, S, D), bias (B or 1, H, S), -inf where a slot stands for nothing. seen(exact): begin and end of the slots that a query
-    sees whose exact part begins at position `exact`.
+    As `local_decoder` where `local.in_ranges`, with slots of what lies before the exact part as its far part: keys and values
+    (B, G or H, S, D), bias None or (B or 1, H, S), -inf where a slot stands for nothing. seen(exact): begin and end of the
+    slots that a query sees whose exact part begins at position `exact`.
     """
+    if query.shape[2] == 1:
+        return _one_token(query, context, pattern, slots, bias, seen, scaling)
     near, sinks = (context.key, context.value), context.sink_key.shape[2]
     if slots is None:
-        slots, bias = tuple(x[:, :, :0] for x in near), query.new_zeros(1, query.shape[1], 0)
+        slots = tuple(x[:, :, :0] for x in near)
+    if bias is None:
+        bias = query.new_zeros(1, query.shape[1], slots[0].shape[2])
     first, tiles = context.first, []
     begin, end = first + context.new, first + context.new + query.shape[2]
     low = begin
@@ -115,6 +120,27 @@ def range_decoder(
         held = (x.repeat_interleave(share, 1) if share > 1 else x for x in (context.sink_key, context.sink_value))
         slots, lead = tuple(torch.cat(pair, 2) for pair in zip(held, slots, strict=True)), 0
     return range_attention(query, near, slots, pad(bias, (sinks, 0)), tiles, lead=lead, scaling=scaling)
+
+
+def _one_token(query: Tensor, context: Context, pattern, slots, bias, seen, scaling: float) -> Tensor:
+    """All that a single query sees, side by side: no mask, and no kernel's call for each head."""
+    start = max(pattern.begin_of(context.first + context.new), 0)
+    sinks, (begin, end) = min(start, context.sink_key.shape[2]), seen(start)
+    share, sides = 1 if slots is None else slots[0].shape[1] // context.key.shape[1], []
+    for i, (near, first) in enumerate(((context.key, context.sink_key), (context.value, context.sink_value))):
+        parts = [first[:, :, :sinks], near[:, :, start - context.first :]]
+        if share > 1:
+            parts = [x.repeat_interleave(share, 1) for x in parts]
+        if end > begin:
+            parts.insert(1, slots[i][:, :, begin:end])
+        sides.append(torch.cat(parts, 2))
+    mask = None
+    if bias is not None and end > begin:
+        size = sides[0].shape[2]
+        mask = pad(bias[..., begin:end], (sinks, size - sinks - min(end, bias.shape[2]) + begin)).to(query.dtype)[
+            :, :, None
+        ]
+    return sdpa(query, *sides, scaling=scaling, mask=mask)
 
 
 def range_encoder(
