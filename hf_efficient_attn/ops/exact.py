@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from ..caching import pick
-
 CHUNK = 256  # queries whose mask exists at one time
 
 
@@ -106,25 +104,6 @@ def masked_attention(
         else:
             outputs.append(chunk(*inputs))
     return torch.cat(outputs, 2)
-
-
-def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, seen: Tensor, *, scaling: float, dropout: float = 0.0
-) -> Tensor:
-    """
-    Few queries, each with K keys of its own, which are copied side by side.
-
-    query (B, H, N, D); key, value (B, G, S, D). slots (B, H or 1, N, K) int64: where the keys are, any number where
-    `seen`, bool and alike, is False. A slot seen twice counts twice.
-    """
-    batch, heads, n, _ = query.shape
-    groups = key.shape[1]
-    slots, seen = (x.expand(batch, heads, n, -1) for x in (slots.clamp(0, key.shape[2] - 1), seen))
-    slots = slots.reshape(batch, groups, -1)
-    key, value = (pick(x, slots).view(batch, heads * n, -1, x.shape[3]) for x in (key, value))
-    mask = seen.reshape(batch, heads * n, 1, -1)
-    output = sdpa(query.reshape(batch, heads * n, 1, -1), key, value, mask=mask, scaling=scaling, dropout=dropout)
-    return output.view(query.shape)
 
 
 def sdpa(query, key, value, *, scaling, dropout=0.0, causal=False, mask=None) -> Tensor:

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ..caching import AttentionState, TokenStore, column
-from .exact import gathered_attention
+from .few import attend_slots
 from .joint import HUGE, Part, _backward, _forward, joint_attention
 from .tiles import _rows, _Space
 
 TILE = 64  # queries
 AREA = 2**19  # weights that exist at one time
-STEP = 8  # new tokens up to which each query's keys are copied side by side
+STEP = 8  # new tokens up to which each query reads its keys by itself
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def past_attention(
     position = (column(offset) + torch.arange(n, device=query.device)).expand(query.shape[0], n)
     if n <= STEP and state is not None:
         slots, seen = _recent(query_labels, key_labels, position, window, num_sinks)
-        return gathered_attention(query, key, value, slots, seen, **options)
+        return attend_slots(query, key, value, slots, seen, **options)
     used = live = None
     if lengths is not None or not isinstance(offset, int):
         total = torch.as_tensor(offset + (n if lengths is None else lengths)).view(-1, 1)

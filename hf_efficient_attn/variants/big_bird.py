@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..caching import Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
-from ..ops.exact import exact_attention, gathered_attention
+from ..ops.exact import exact_attention
+from ..ops.few import attend_blocks
 from ..ops.rows import shift
 from ..ops.tiles import block_attention
 from ..registry import register_variant
@@ -144,18 +145,11 @@ class BigBirdAttention(EfficientAttention):
         return chosen, valid & live
 
     def _step(self, query, key, value, offset: Count, **options) -> Tensor:
-        """A few new tokens of a decoder: the keys of the chosen blocks are copied for each query."""
-        size, (batch, _, n, _) = self.config.block_size, query.shape
+        """A few new tokens of a decoder."""
+        size, n = self.config.block_size, query.shape[2]
         position = (column(offset) + torch.arange(n, device=query.device)).view(-1, n)
         own = position // size
-        chosen, valid = self._choose(own, own + 1, True)
-        own = own[:, None, :, None].expand(-1, chosen.shape[1], -1, -1)
-        chosen, valid = torch.cat([own, chosen], 3), torch.cat([torch.ones_like(own, dtype=torch.bool), valid], 3)
-        slots = chosen[..., None] * size + torch.arange(size, device=query.device)
-        seen = valid[..., None] & (slots <= position[:, None, :, None, None])
-        slots, seen = (x.flatten(3).repeat_interleave(self.host.group_size, 1) for x in (slots, seen))
-        slots, seen = (x.expand(batch, -1, -1, -1) for x in (slots, seen))
-        return gathered_attention(query, key, value, slots, seen, **options)
+        return attend_blocks(query, key, value, size, *self._choose(own, own + 1, True), position, **options)
 
 
 def _hash(*numbers: int | Tensor) -> Tensor:

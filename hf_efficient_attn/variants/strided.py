@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from ..caching import Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
-from ..ops.exact import gathered_attention
+from ..ops.few import attend_slots
 from ..ops.joined_ranges import Reading, joined_ranges
 from ..ops.joint import Part, joint_attention
 from ..ops.local import Blocks, band_ranges, from_residues, residues
@@ -30,7 +30,7 @@ from ..ops.rows import shift
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention
 
-STEP = 16  # new tokens up to which each query's keys are copied side by side
+STEP = 16  # new tokens up to which each query reads its keys by itself
 BLOCK = 64  # smallest block in which neighbours are computed
 
 
@@ -167,7 +167,7 @@ class StridedAttention(EfficientAttention):
         return (apart > self._reach) & (apart % self.config.stride != 0)
 
     def _step(self, query, key, value, offset, scaling, dropout) -> Tensor:
-        """A few new tokens: the keys of each are copied."""
+        """A few new tokens."""
         stride, device = self.config.stride, query.device
         position = (column(offset) + torch.arange(query.shape[2], device=device)).view(-1, 1, query.shape[2], 1)
         near = torch.arange(1, self._reach + 1, device=device)
@@ -176,7 +176,7 @@ class StridedAttention(EfficientAttention):
         sinks = torch.arange(self.config.num_sinks, device=device).expand(*slots.shape[:3], -1)
         seen = torch.cat([slots >= 0, self._sees_sink(position - sinks)], -1)
         slots = torch.cat([slots, sinks], -1)
-        return gathered_attention(query, key, value, slots, seen, scaling=scaling, dropout=dropout)
+        return attend_slots(query, key, value, slots, seen, scaling=scaling, dropout=dropout)
 
 
 def _classes(key: Tensor, value: Tensor, stride: int, causal: bool, used: Tensor | None) -> Part:

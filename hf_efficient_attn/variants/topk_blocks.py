@@ -25,13 +25,13 @@ from torch import Tensor
 
 from ..caching import AttentionState, Buffer, Count, TokenStore, column
 from ..config import EfficientAttentionConfig, option
-from ..ops.exact import gathered_attention
+from ..ops.few import attend_blocks
 from ..ops.rows import shift
 from ..ops.tiles import best_blocks, block_attention
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention
 
-STEP = 16  # new tokens up to which each query's keys are copied side by side
+STEP = 16  # new tokens up to which each query reads its keys by itself
 
 
 @dataclass(kw_only=True)
@@ -178,14 +178,9 @@ class TopkBlocksAttention(EfficientAttention):
         return store.extend(new, new[..., :0], ready).key
 
     def _step(self, query, key, value, summaries, offset, scaling, dropout) -> Tensor:
-        """A few new tokens: the keys of the chosen blocks are copied for each query."""
-        size, (batch, heads, n, _) = self.config.block_size, query.shape
+        """A few new tokens."""
+        size, (batch, _, n, _) = self.config.block_size, query.shape
         position = (column(offset) + torch.arange(n, device=query.device)).expand(batch, n)
         own = position // size
         chosen, valid = self._choose(query, summaries, own, torch.ones_like(own, dtype=torch.bool), None, True)
-        own = own[:, None, :, None].expand(-1, chosen.shape[1], -1, -1)
-        chosen, valid = torch.cat([own, chosen], -1), torch.cat([torch.ones_like(own, dtype=torch.bool), valid], -1)
-        slots = chosen[..., None] * size + torch.arange(size, device=query.device)
-        seen = valid[..., None] & (slots <= position[:, None, :, None, None])
-        slots, seen = (x.flatten(3).repeat_interleave(heads // x.shape[1], 1) for x in (slots, seen))
-        return gathered_attention(query, key, value, slots, seen, scaling=scaling, dropout=dropout)
+        return attend_blocks(query, key, value, size, chosen, valid, position, scaling=scaling, dropout=dropout)

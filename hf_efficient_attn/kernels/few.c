@@ -1,0 +1,57 @@
+/*
+ * Few queries that each read some ranges of stored keys where they lie: ops/few.py on a CPU, float32.
+ *
+ *     out_i = sum_j exp(scaling q_i k_j - r_i) v_j,    r_i the log-sum-exp; zeros where there is no key.
+ *
+ * A line is a query head of a row: line b heads + h reads keys and values of head h groups / heads of row b.
+ */
+
+#include "arithmetic.h"
+
+void *malloc(unsigned long);
+void free(void *);
+
+static float dot(const float *a, const float *b, long dim) {
+    vec sum = {0};
+    for (long p = 0; p < dim; p += W) sum += *(const vec *)(a + p) * *(const vec *)(b + p);
+    return total_of(sum);
+}
+
+/*
+ * Lines first..last-1 of q and out (lines, n, dim). k, v: rows, heads and keys kb, kg, ks (vb, vg, vs) floats apart. begin, end
+ * (lines, n, count): slots begin..end-1 of each range; rows of `most` slots at most.
+ */
+void few_forward(const float *q, const float *k, long kb, long kg, long ks, const float *v, long vb, long vg, long vs,
+                 const long *begin, const long *end, long first, long last, long heads, long groups, long n, long count,
+                 long most, long dim, float scaling, float *out) {
+    float *weights = malloc(sizeof(float) * (most + W));
+    for (long row = first * n; row < last * n; row++) {
+        long line = row / n, b = line / heads, g = line % heads * groups / heads, size = 0;
+        const float *key = k + b * kb + g * kg, *value = v + b * vb + g * vg, *own = q + row * dim;
+        const long *from = begin + row * count, *to = end + row * count;
+        vec query[MOST / W], sum[MOST / W], total = {0};
+        float largest = NOTHING;
+        for (long p = 0; p < dim / W; p++) query[p] = *(const vec *)(own + p * W) * scaling, sum[p] = (vec){0};
+        for (long r = 0; r < count; r++)
+            for (long j = from[r]; j < to[r]; j++) {
+                float x = dot((const float *)query, key + j * ks, dim);
+                weights[size++] = x;
+                if (x > largest) largest = x;
+            }
+        for (long i = size; i < size + W; i++) weights[i] = NOTHING;
+        for (long i = 0; i < size; i += W) {
+            vec *x = (vec *)(weights + i);
+            *x = exponential(*x - largest);
+            total += *x;
+        }
+        size = 0;
+        for (long r = 0; r < count; r++)
+            for (long j = from[r]; j < to[r]; j++) {
+                float weight = weights[size++];
+                for (long p = 0; p < dim / W; p++) sum[p] += weight * *(const vec *)(value + j * vs + p * W);
+            }
+        float inverse = size ? 1 / total_of(total) : 0;
+        for (long p = 0; p < dim / W; p++) *(vec *)(out + row * dim + p * W) = sum[p] * inverse;
+    }
+    free(weights);
+}
