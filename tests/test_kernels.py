@@ -86,12 +86,13 @@ def test_later_calls_of_many_tokens(calls, config, splits) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("picks", [1, 3, 40])
-def test_blocks_are_chosen_by_score(monkeypatch, causal, picks) -> None:
+@pytest.mark.parametrize("length", [5, 150])
+def test_blocks_are_chosen_by_score(monkeypatch, causal, length, picks) -> None:
     """By sorting all scores; every other score is that of another block, too, and of these the lower number wins."""
     g = torch.Generator().manual_seed(0)
-    features, summaries = (torch.randn(2, heads, n, 32, generator=g) for heads, n in ((4, 150), (2, 90)))
+    features, summaries = (torch.randn(2, heads, n, 32, generator=g) for heads, n in ((4, length), (2, 90)))
     summaries[:, :, 1::2] = summaries[:, :, 0::2]
-    own, blocks = torch.randint(0, 90, (2, 150), generator=g), torch.tensor([90, 70])
+    own, blocks = torch.randint(0, 90, (2, length), generator=g), torch.tensor([90, 70])
     scores = torch.einsum("bhlf,bhcf->bhlc", features, summaries.repeat_interleave(2, 1)).double()
     scores[..., 0] = float("inf")
     index = torch.arange(90)

@@ -1,5 +1,6 @@
 /*
- * Few queries that each read some ranges of stored keys where they lie: ops/few.py on a CPU, float32.
+ * Few queries that each read some ranges of stored keys where they lie (ops/few.py), and the choice of blocks for them
+ * (ops/tiles.py), on a CPU, float32.
  *
  *     out_i = sum_j exp(scaling q_i k_j - r_i) v_j,    r_i the log-sum-exp; zeros where there is no key.
  *
@@ -54,4 +55,28 @@ void few_forward(const float *q, const float *k, long kb, long kg, long ks, cons
         for (long p = 0; p < dim / W; p++) *(vec *)(out + row * dim + p * W) = sum[p] * inverse;
     }
     free(weights);
+}
+
+/*
+ * chosen (lines, n, picks): of the blocks before own[b n + i] block 0 and those with the largest features . summary, of equal ones
+ * the lower, the best first; `none` where there are no more. features (lines, n, width); summaries' rows, heads and blocks
+ * are sb, sg, ss floats apart.
+ */
+void few_choose(const float *features, const float *summaries, long sb, long sg, long ss, const long *own, long lines, long heads,
+                long groups, long n, long count, long width, long picks, long none, long *chosen) {
+    float *best = malloc(sizeof(float) * picks);
+    for (long row = 0; row < lines * n; row++, chosen += picks) {
+        long line = row / n, b = line / heads, g = line % heads * groups / heads, held = 0;
+        const float *feature = features + row * width, *summary = summaries + b * sb + g * sg;
+        long end = own[b * n + row % n] < count ? own[b * n + row % n] : count;
+        for (long j = 0; j < end; j++) {
+            float score = j ? dot(feature, summary + j * ss, width) : -NOTHING;
+            long place = held < picks ? held++ : picks;
+            if (place == picks && !(score > best[--place])) continue;
+            for (; place > 0 && score > best[place - 1]; place--) best[place] = best[place - 1], chosen[place] = chosen[place - 1];
+            best[place] = score, chosen[place] = j;
+        }
+        for (long i = held; i < picks; i++) chosen[i] = none;
+    }
+    free(best);
 }

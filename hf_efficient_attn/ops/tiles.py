@@ -32,7 +32,7 @@ from .precision import first_order, without_autocast
 from .rows import shift
 
 SCORES = 2**16  # scores that exist at one time
-FEW = 8  # queries that are not worth a kernel's call for each head
+FEW = 8  # queries that are not worth a call for each head
 SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
 SAFE = 1e25  # a sum of weights up to here overflows nothing; beyond, r_i is raised to the largest logit
 
@@ -163,9 +163,17 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
     or 1,), how many are open to queries, or None where those before a query's own are.
     """
     (batch, heads, length, width), (groups, count) = features.shape, summaries.shape[1:3]
-    few = length <= FEW or features.device.type != "cpu"
-    library = None if few else kernels.load("chosen_blocks")
-    if library is not None and width % kernels.LANES == 0 and width <= 512 and 0 < picks <= 64:
+    few = length <= FEW and blocks is None
+    library = kernels.load("few" if few else "chosen_blocks") if features.device.type == "cpu" else None
+    served = library is not None and width % kernels.LANES == 0
+    if served and few and picks:
+        chosen = torch.empty(batch, heads, length, picks, dtype=torch.int64)
+        summaries = kernels.readable(summaries)
+        given = features.contiguous(), summaries, *summaries.stride()[:3], own.expand(batch, -1).contiguous()
+        sizes = batch * heads, heads, groups, length, count, width, picks
+        kernels.call(library.few_choose, *given, *sizes, count, chosen)
+        return chosen
+    if served and not few and width <= 512 and 0 < picks <= 64:
         features, summaries, own = features.contiguous(), summaries.contiguous(), own.expand(batch, -1).contiguous()
         lasts = [-1] * batch if blocks is None else (blocks.expand(batch) - 1).tolist()
         chosen = torch.empty(batch, heads, length, picks, dtype=torch.int64)
