@@ -25,7 +25,7 @@ from examples.data import Collator, Examples, Schedule, load_texts, tokenize
 from examples.objective import METRIC
 from examples.options import FREE, build_parser
 from examples.training import Recipe
-from examples.variants import RunSpec, read_runs, with_controls
+from examples.variants import RunSpec, read_runs, stored_run, with_controls
 
 SCHEMA = "hf_efficient_attn/finetune/1"
 PROBE = 4  # texts that attention is compared on before and after a transfer
@@ -186,7 +186,7 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
         earlier = {key: value for key, value in earlier.items() if key not in FREE}
         now = json.loads(json.dumps(arguments))
         differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
-        runs = [RunSpec(**run) for run in earlier["runs"]] if "runs" in earlier else read_runs(earlier["variants"])
+        runs = [stored_run(run) for run in earlier["runs"]] if "runs" in earlier else read_runs(earlier["variants"])
         if all(vars(run) in now["runs"] for run in runs):
             differing = [name for name in differing if name not in ("variants", "runs")]  # more of them
         elif "variants" in differing:

@@ -83,6 +83,21 @@ def read_runs(entries: Sequence[str | dict[str, Any]]) -> list[RunSpec]:
     return runs
 
 
+def stored_run(given: dict[str, Any]) -> RunSpec:
+    """
+    A run as an earlier version wrote it: fields that its variants have got since have their defaults.
+
+    Raises:
+        ValueError: a variant or a hyper-parameter that there is no more.
+    """
+    patch = None if given["patch"] is None else dict(given["patch"])
+    if patch and "config" in patch:
+        patch["config"] = _config(given["label"], patch["config"])
+    if patch and "mapping" in patch:
+        patch["mapping"] = {layers: _config(given["label"], config) for layers, config in patch["mapping"].items()}
+    return RunSpec(**{**given, "patch": patch})
+
+
 def with_controls(runs: Sequence[RunSpec], which: str, causal: bool) -> list[RunSpec]:
     """
     The runs, each hybrid followed by its window alone (`which` = "all"), zero attention last ("all" or "zero").

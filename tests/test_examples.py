@@ -43,6 +43,7 @@ from examples.recover import learning_layers  # noqa: E402
 from examples.training import Recipe  # noqa: E402
 from examples.variants import read_runs, with_controls  # noqa: E402
 from hf_efficient_attn import patch_model, unpatch_model  # noqa: E402
+from hf_efficient_attn.registry import get_config_class  # noqa: E402
 
 ANIMALS = ("cat", "dog", "fish", "bird")
 
@@ -289,6 +290,26 @@ def test_arguments_that_an_older_run_does_not_know_have_their_defaults(job):
     session.check_folder(older, written, resume=True)
     with pytest.raises(ValueError, match=r"layer_decay was 1.0, is 0.5"):
         session.check_folder(older, {**written, "layer_decay": 0.5}, resume=True)
+
+
+def test_fields_that_an_older_run_does_not_know_have_their_defaults(job):
+    """Of variants' configs, one of all layers and one of some."""
+    written = json.loads((job[1] / "arguments.json").read_text())
+    block, window = (get_config_class(name)().to_dict() for name in ("block", "sliding_window"))
+    runs = [
+        {**written["runs"][0], "label": "a", "kind": "variant", "patch": {"config": block, "layers": None}},
+        {**written["runs"][0], "label": "b", "kind": "variant", "patch": {"mapping": {"0": window, "1": block}}},
+    ]
+    written["runs"] = runs
+    older = job[1].parent / "older_fields"
+    older.mkdir()
+    fewer = json.loads(json.dumps(written))
+    del fewer["runs"][0]["patch"]["config"]["num_sinks"], fewer["runs"][1]["patch"]["mapping"]["0"]["global_tokens"]
+    (older / "arguments.json").write_text(json.dumps(fewer))
+    session.check_folder(older, written, resume=True)
+    runs[0]["patch"]["config"]["num_sinks"] += 1
+    with pytest.raises(ValueError, match="other arguments: runs was"):
+        session.check_folder(older, written, resume=True)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
