@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 from examples.objective import HIGHER_IS_BETTER
@@ -157,10 +158,16 @@ def _speed(name: str, labels: list[str]) -> str:
 
 def _kernels(name: str, labels: list[str]) -> str:
     with_kernels, without = _attention(labels[0]), _attention(f"{labels[0]}_pytorch")
-    lines = [["variant", "speed", "without kernels", "peak memory", "without kernels"]]
-    for variant, mode in dict.fromkeys((variant, mode) for variant, mode, _ in with_kernels):
-        both = [[values[variant, mode, x] for values in (with_kernels, without)] for x in ("speedup", "peak_ratio")]
-        lines.append([f"`{variant}`", *(f"{x:.2f}x" for x in both[0]), *(f"{x:.2f}" for x in both[1])])
+    variants, modes = (list(dict.fromkeys(key[i] for key in with_kernels)) for i in (0, 1))
+    lines = [["variant"]]
+    for mode in modes:
+        of_mode = f", {mode}" if len(modes) > 1 else ""
+        lines[0] += [f"speed{of_mode}", "without kernels", f"peak memory{of_mode}", "without kernels"]
+    for variant in variants:
+        cells = [f"`{variant}`"]
+        for mode, metric in product(modes, ("speedup", "peak_ratio")):
+            cells += [f"{x[variant, mode, metric]:.2f}{'x' * (metric == 'speedup')}" for x in (with_kernels, without)]
+        lines.append(cells)
     return _table(lines)
 
 

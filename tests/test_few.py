@@ -71,7 +71,10 @@ def test_slots(calls, by_kernel, n, shared, scale) -> None:
         h = 0 if shared else h
         return slots[b, h, i][~unseen[b, h, i]].tolist()
 
-    got = run(calls, by_kernel, attend_slots, *given, torch.where(unseen, -7, slots), ~unseen)
+    given_slots, seen = (
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in (torch.where(unseen, -7, slots), ~unseen)
+    )
+    got = run(calls, by_kernel, attend_slots, *given, given_slots, seen)
     torch.testing.assert_close(got, formula(*given, sees), atol=1e-5, rtol=1e-4)
     assert got.abs().max() > 0.5
 

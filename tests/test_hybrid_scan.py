@@ -32,11 +32,11 @@ def inputs(length: int, kv_heads: int, dim: int = 32, scale: float = 1.0, dtype=
     return [x.mul(scale).to(dtype).requires_grad_() for x in args]
 
 
-def results(causal: bool, length: int, kv_heads: int, window: int, dim: int = 32, scale=1.0, dtype=torch.float32):
-    """Output and gradients, of a batch with padding, that of parameters included."""
+def results(causal, length: int, kv_heads: int, window: int, dim=32, scale=1.0, padded=True, dtype=torch.float32):
+    """Output and gradients, of a batch with or without padding, those of parameters included."""
     module, args = layer(kv_heads, window, dim, dtype, causal), inputs(length, kv_heads, dim, scale, dtype)
     padding = torch.arange(length) >= torch.tensor([0, length // 3, length - 1])[:, None]
-    output = module(*args, padding=padding, scaling=SCALING, causal=causal)
+    output = module(*args, padding=padding if padded else None, scaling=SCALING, causal=causal)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = [*args, *module.parameters()]
     grads = torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)
@@ -61,6 +61,12 @@ def assert_as_exact(calls: list[str], *shape) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_kernel_is_the_scan_and_the_window(calls, causal, length, window, kv_heads, dim) -> None:
     assert_as_exact(calls, causal, length, kv_heads, window, dim)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_heads_side_by_side_in_memory(calls, causal) -> None:
+    """Without padding nobody has copied them."""
+    assert_as_exact(calls, causal, 130, 2, 20, 32, 1.0, False)
 
 
 @pytest.mark.parametrize("causal", [True, False])

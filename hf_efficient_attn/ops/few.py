@@ -41,7 +41,7 @@ def attend_blocks(
     begin = begin.repeat_interleave(query.shape[1] // begin.shape[1], 1).expand(*query.shape[:3], -1)
     end = torch.minimum(begin + size, position + 1)  # before `begin` where there is no block
     if _has_kernel(query, key, value, dropout):
-        return _by_kernel(query, key, value, begin.contiguous(), end.contiguous(), size, scaling)
+        return _by_kernel(query, key, value, begin, end, size, scaling)
     slots = begin[..., None] + torch.arange(size, device=key.device)
     return _copied(query, key, value, slots.flatten(3), (slots < end[..., None]).flatten(3), scaling, dropout)
 
@@ -55,7 +55,7 @@ def attend_slots(
     """
     slots, seen = (x.expand(*query.shape[:3], -1) for x in (slots, seen))
     if _has_kernel(query, key, value, dropout):
-        return _by_kernel(query, key, value, slots.contiguous(), slots + seen, 1, scaling)
+        return _by_kernel(query, key, value, slots, slots + seen, 1, scaling)
     return _copied(query, key, value, slots, seen, scaling, dropout)
 
 
@@ -68,6 +68,7 @@ def _by_kernel(query, key, value, begin: Tensor, end: Tensor, size: int, scaling
     heads, n, dim = query.shape[1:]
     lines, count = len(query) * heads, begin.shape[3]
     query, key, value = query.contiguous(), kernels.readable(key), kernels.readable(value)
+    begin, end = begin.contiguous(), end.contiguous()
     output, function = torch.empty_like(query), kernels.load("few").few_forward
     sizes = heads, key.shape[1], n, count, count * size, dim, float(scaling)
 

@@ -154,7 +154,7 @@ class _Hybrid(torch.autograd.Function):
             if plan.both:
                 other = head.backwards()
                 own = torch.zeros_like(total[b, g]), torch.zeros_like(z[b, g])
-                found = torch.empty_like(other.query), other.query.new_empty(other.query.shape[:2])
+                found = [other.query.new_empty(other.query.shape[:ndim]) for ndim in (3, 2)]
                 function = plan.library.hybrid_forward
                 kernels.call(function, *other.arguments, *own, sums[1], None, None, *found)
                 behind = [x.new_empty(len(x), n, *x.shape[2:]) for x in found]
@@ -189,7 +189,7 @@ class _Hybrid(torch.autograd.Function):
                 kernels.call(function, *head.arguments, kept[b, g, 0], *saved, *saved[2].stride()[:2], *found)
                 if plan.both:
                     other, saved = head.backwards(), [head.turn(x) for x in saved]
-                    rows = [torch.zeros_like(x) for x in (other.query, other.key, other.value)]
+                    rows = [x.new_zeros(x.shape) for x in (other.query, other.key, other.value)]
                     own = *saved, *saved[2].stride()[:2], *rows, None, None, *found[5:7], None
                     kernels.call(function, *other.arguments, kept[b, g, 1], *own)
                     for x, y in zip(found, rows, strict=False):

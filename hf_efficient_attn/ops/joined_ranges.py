@@ -117,12 +117,12 @@ class _JoinedRanges(torch.autograd.Function):
             with kernels.writable(*(kernels.heads_of(x, b, g, groups) for x in results)) as (of_query, *of_near):
                 for order in plan.rows[b]:
                     ordered = order.arrange_keys(*near)
-                    sums = [torch.zeros_like(x) for x in ordered]
+                    sums = [x.new_zeros(x.shape) for x in ordered]
                     far = [x.new_zeros(order.lead, x.shape[1]) for x in ordered]
                     for h in range(share):
                         own, *saved = order.arrange(*(kernels.readable(x[h]) for x in given))
                         for tiles in order.tilings:
-                            found = torch.zeros_like(own)
+                            found = own.new_zeros(own.shape)
                             more = *saved, saved[2].stride(0), found, *sums, *far, None
                             plan.run(plan.library.ranges_backward, order, tiles, own, ordered, *more)
                             _add(of_query[h], order.queries, found)
