@@ -88,6 +88,14 @@ def test_a_matrix_near_singular_stays_finite(causal):
     assert all(torch.isfinite(x).all() for x in (output, query.grad, key.grad, value.grad))
 
 
+@pytest.mark.parametrize("segment_size", [1, 8])
+def test_values_of_landmarks_are_bounded(segment_size):
+    """Of large logits, where landmarks attend to others more than to themselves; without the ridge they reach 1e5 and more."""
+    module, (query, key, value) = make(True, segment_size=segment_size, exact_segments=0), inputs(200, scale=3.0)
+    output = module(query, key, value, scaling=0.25, causal=True)
+    assert 0.1 * value.abs().max() < output.abs().max() <= 3 * value.abs().max()
+
+
 @pytest.mark.skipif(kernels.load("ranges") is None, reason="no C compiler here")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("fields", [{"segment_size": 64}, {"segment_size": 20, "num_sinks": 45, "exact_segments": 0}])

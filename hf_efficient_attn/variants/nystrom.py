@@ -7,11 +7,11 @@ Paper: Xiong et al. 2021, Nystroemformer, arXiv:2102.03902. Encoder: `num_landma
 tokens, A^+ by `iterations` steps of the paper's iteration; rows of at most m tokens attend exactly. Cost N m.
 
 Decoder (the paper has none): one landmark per complete segment of `segment_size` tokens, without the sinks. Landmark i reads
-segments 0..i only, in A and in softmax(Q~ K^T) V. A is then lower triangular, and W = A^-1 softmax(Q~ K^T) V, solved row by
-row, never changes what it gave: a landmark is a slot with key k~_i and value W_i, which `ops.summaries` joins with the exact
-part, a query's own segment, `exact_segments` before it and `num_sinks` first tokens. A slot weighs n_i exp(scaling q k~_i +
-bias), n_i the tokens that it stands for; A has these weights, too. Cost N^2 / segment_size. State: all tokens, which later
-landmarks read, the queries of the segment under way, and the landmarks, O(N).
+segments 0..i only, in A and in B = softmax(Q~ K^T) V. A is then lower triangular, and W of (A + ridge) W = B + ridge V~, V~ the
+means of values, solved row by row, never changes what it gave: a landmark is a slot with key k~_i and value W_i, which
+`ops.summaries` joins with the exact part, a query's own segment, `exact_segments` before it and `num_sinks` first tokens. A
+slot weighs n_i exp(scaling q k~_i + bias), n_i the tokens that it stands for; A has these weights, too. Cost N^2 /
+segment_size. State: all tokens, which later landmarks read, the queries of the segment under way, and the landmarks, O(N).
 
 Dense limit: encoder num_landmarks >= N, decoder segment_size >= N.
 Parameters: with `conv_kernel` = c `conv` (G, c), a convolution of the values along the sequence that is added to the output,
@@ -19,8 +19,10 @@ zero at the start, in a decoder over the token and c - 1 before it; in a decoder
 start.
 
 From the paper: the iteration starts from each matrix's own norms, not from the largest in the batch, on which a row would
-depend otherwise; the convolution belongs to key/value heads. The decoder's diagonal of A is at least 1e-4, which keeps W
-finite. In models that rotate keys the mean over a segment blurs their high frequencies.
+depend otherwise; the convolution belongs to key/value heads. The ridge holds W to V~: without it W grows from segment to
+segment and without bound where landmarks attend to others more than to themselves; with ridge > 1 nothing in it exceeds
+(ridge + 1) / (ridge - 1) times the largest of V. In models that rotate keys the mean over a segment blurs their high
+frequencies.
 """
 
 from __future__ import annotations
@@ -44,7 +46,6 @@ from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 from .transformer_xl import TransformerXLConfig
 
-FLOOR = 1e-4  # smallest diagonal entry that a decoder's matrix is divided by
 ROWS = 16  # landmarks that read at one time: their masks reach over all tokens
 NEVER = torch.finfo(torch.float32).min  # the logarithm of no token; finite, for rows that have nothing else
 
@@ -53,6 +54,9 @@ NEVER = torch.finfo(torch.float32).min  # the logarithm of no token; finite, for
 class NystromConfig(SummaryConfig):
     num_landmarks: int = option(128, "landmarks of an encoder's row", minimum=1)
     iterations: int = option(6, "steps towards the inverse, in encoders", minimum=1)
+    ridge: float = option(
+        2.0, "decoder: how much landmarks' values are held to their segments' mean values", minimum=1.0
+    )
     conv_kernel: int | None = option(
         None, "values that a convolution beside attention reads, odd; None: none", minimum=1
     )
@@ -71,7 +75,7 @@ class NystromConfig(SummaryConfig):
     def variations(cls, causal: bool) -> list[NystromConfig]:
         return [
             cls(num_landmarks=5, iterations=3, conv_kernel=5, segment_size=5, num_sinks=7),
-            cls(num_landmarks=1, segment_size=4, exact_segments=0, num_sinks=0),
+            cls(num_landmarks=1, segment_size=4, exact_segments=0, num_sinks=0, ridge=1.0),
             cls(num_landmarks=8, conv_kernel=1, segment_size=3, exact_segments=2, num_sinks=6),
         ]
 
@@ -171,7 +175,8 @@ class NystromAttention(EfficientAttention):
                 for x, first in ((asked.key, asked.first), (buffer.key, buffer.first))
             )
             with _accurately(query):
-                values = self._solve(q_mean, k_mean, store, buffer, begun, scaling)
+                v_mean = self._segment_means(buffer.value, buffer.first, begun, most)
+                values = self._solve(q_mean, k_mean, _per_query_head(v_mean, query), store, buffer, begun, scaling)
             made = ended - begun
             store.extend(k_mean.to(query), values.to(query), None if isinstance(made, int) else made)
         if state is not None:
@@ -193,7 +198,7 @@ class NystromAttention(EfficientAttention):
         head = head.masked_fill(~real, 0).sum(3, dtype=accurate) / real.sum(3).clamp_min(1)
         return torch.cat([head, rest.mean(3, dtype=accurate)], 2)
 
-    def _solve(self, q_mean, k_mean, store: SlotStore, buffer: Buffer, begun: Count, scaling) -> Tensor:
+    def _solve(self, q_mean, k_mean, v_mean, store: SlotStore, buffer: Buffer, begun: Count, scaling) -> Tensor:
         """The values W (B, H, n, D) of the n landmarks from `begun` on."""
         config, b, n = self.config, self.config.segment_size, q_mean.shape[2]
         device, exact = q_mean.device, isinstance(begun, int)
@@ -219,7 +224,8 @@ class NystromAttention(EfficientAttention):
             keys = torch.cat([keys, k_mean[:, :, piece]], 2)
             own = self._log_counts(begun_column[:, 0] + begin, piece.stop - begin, device)
             weights = torch.cat([weights.expand(len(own), -1), own], 1)
-            given = q_mean[:, :, piece], keys, weights.to(read), values, read[:, :, piece], scaling
+            rows = read[:, :, piece] + config.ridge * v_mean[:, :, piece]
+            given = q_mean[:, :, piece], keys, weights.to(read), values, rows, config.ridge, scaling
             again = n > CHUNK and torch.is_grad_enabled()
             solved.append(checkpoint(_solve_rows, *given, use_reentrant=False) if again else _solve_rows(*given))
             values = torch.cat([values, solved[-1]], 2)
@@ -265,18 +271,17 @@ def _accurately(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _solve_rows(q_mean, keys, log_counts, values, read, scaling) -> Tensor:
+def _solve_rows(q_mean, keys, log_counts, values, read, ridge: float, scaling) -> Tensor:
     """
-    Rows of A W = B. q_mean, read (B, H, c, D): their landmarks and B. keys (B, G, s + c, D) and log_counts (1 or B, s + c): of
-    all landmarks up to theirs; values (B, H, s, D): W of those before. -> W (B, H, c, D).
+    Rows of (A + ridge) W = B. q_mean, read (B, H, c, D): their landmarks and B. keys (B, G, s + c, D) and log_counts (1 or B,
+    s + c): of all landmarks up to theirs; values (B, H, s, D): W of those before. -> W (B, H, c, D).
     """
     before, c = values.shape[2], read.shape[2]
     logits = _logits(q_mean, keys, scaling) + log_counts[:, None, None]
     later = torch.ones(c, before + c, dtype=torch.bool, device=read.device).triu_(before + 1)
     weights = logits.masked_fill(later, float("-inf")).softmax(-1)
     rest, own = read - weights[..., :before] @ values, weights[..., before:]
-    diagonal = own.diagonal(dim1=-2, dim2=-1)
-    own = own + torch.diag_embed(diagonal.clamp_min(FLOOR) - diagonal)
+    own = own + ridge * torch.eye(c, dtype=own.dtype, device=own.device)
     return torch.linalg.solve_triangular(own, rest, upper=False)
 
 

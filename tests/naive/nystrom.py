@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .base import oracle, per_query_head, softmax_attention
 
-FLOOR = 1e-4  # smallest diagonal entry that a decoder's matrix is divided by
-
 
 @oracle
 def naive_nystrom(query, key, value, *, config, scaling, causal, module):
@@ -19,7 +17,7 @@ def naive_nystrom(query, key, value, *, config, scaling, causal, module):
 
     Decoder: q~_i and k~_i are the means over segment i of `segment_size` tokens without the n - n_i sinks among them.
     Landmark i reads segments 0..i, again without sinks: A_ij of weight n_j exp(scaling q~_i k~_j), j <= i, normalised, and
-    B_i = softmax(q~_i K) V. W solves A W = B, where A's diagonal is at least FLOOR. In one softmax t sees the exact part of
+    B_i = softmax(q~_i K) V, V~_i the mean value. W solves (A + ridge) W = B + ridge V~. In one softmax t sees the exact part of
     `exact_segments` and sinks, and of every earlier segment with n_j > 0 the landmark k~_j with value W_j, to whose logit
     log n_j and `module.slot_bias` are added.
 
@@ -77,7 +75,7 @@ def _decoder(q: Tensor, k: Tensor, v: Tensor, config, scaling, module, h) -> Ten
         logits = torch.stack([scaling * k_mean[j] @ q_mean for j in k_mean])
         row = (logits + torch.tensor([counts[j] for j in k_mean]).to(q.dtype).log()).softmax(0)
         earlier = sum((weight * values[j] for weight, j in zip(row[:-1], values, strict=True)), torch.zeros_like(read))
-        values[i] = (read - earlier) / row[-1].clamp_min(FLOOR)
+        values[i] = (read + config.ridge * v[part].mean(0) - earlier) / (row[-1] + config.ridge)
     rows = []
     for t in range(M):
         begin = max(0, (t // b - config.exact_segments) * b)
