@@ -53,7 +53,7 @@ NEVER = torch.finfo(torch.float32).min  # the logarithm of no token; finite, for
 @dataclass(kw_only=True)
 class NystromConfig(SummaryConfig):
     num_landmarks: int = option(128, "landmarks of an encoder's row", minimum=1)
-    iterations: int = option(6, "steps towards the inverse, in encoders", minimum=1)
+    iterations: int = option(6, "steps towards the inverse, in encoders; many more lose quality", minimum=1)
     ridge: float = option(
         2.0, "decoder: how much landmarks' values are held to their segments' mean values", minimum=1.0
     )
