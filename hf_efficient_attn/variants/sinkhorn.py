@@ -189,13 +189,12 @@ class SinkhornAttention(EfficientAttention):
         slots = partners[0].shape[3]
         if in_ranges(query, context, Segments(b), options["dropout"]):
             flat = tuple(x.flatten(2, 3) for x in partners)
-            bias = query.new_zeros(1, query.shape[1], flat[0].shape[2])
 
             def seen(exact: int) -> tuple[int, int]:
                 partner = exact // b - start
                 return (partner * slots, (partner + 1) * slots) if partner >= 0 else (0, 0)
 
-            return range_decoder(query, context, Segments(b), flat, bias, seen, scaling=options["scaling"])
+            return range_decoder(query, context, Segments(b), flat, None, seen, scaling=options["scaling"])
 
         def far(position: Count) -> Part:
             if n > b:  # the first query is the first of block `done`
