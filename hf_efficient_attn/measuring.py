@@ -76,8 +76,9 @@ def peak_memory(fn: Callable[[], Any], device: torch.device | str = "cpu") -> in
 
     On CUDA this is what the caching allocator recorded. On the CPU every allocation and release of the tensor allocator
     is recorded by the profiler, in order, and the greatest partial sum is the peak: exact and repeatable, whatever else
-    the process or the machine does. What `fn` returns still counts; memory that libraries take outside the tensor
-    allocator does not.
+    the process or the machine does. It runs on one thread, the only one that the profiler sees; others would each need room for
+    a head of their own in kernels. What `fn` returns still counts; memory that libraries take outside the tensor allocator does
+    not.
 
     Raises:
         ValueError: a device that is neither the CPU nor CUDA.
@@ -92,8 +93,13 @@ def peak_memory(fn: Callable[[], Any], device: torch.device | str = "cpu") -> in
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         raise ValueError(f"memory on {device.type!r} cannot be measured; it can on 'cpu' and 'cuda'.")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        fn()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            fn()
+    finally:
+        torch.set_num_threads(threads)
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

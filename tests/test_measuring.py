@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from zoo import ZOO
 
 from benchmarks import decoding
-from hf_efficient_attn import patch_model
+from hf_efficient_attn import kernels, patch_model
 from hf_efficient_attn.measuring import (
     cache_bytes,
     count_flops,
@@ -39,6 +39,17 @@ def test_peak_memory_counts_what_lives_together_only():
     n = 100_000
     assert peak_memory(lambda: (torch.ones(n).sum(), torch.ones(n).sum())) < 1.1 * n * 4
     assert peak_memory(lambda: (torch.ones(n), torch.ones(n))) >= 2 * n * 4
+
+
+def test_peak_memory_counts_what_a_kernels_thread_holds():
+    n, threads = 100_000, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = peak_memory(lambda: kernels.in_parallel(lambda _: torch.ones(n).sum(), range(2)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert n * 4 <= found < 1.1 * n * 4
 
 
 def test_peak_memory_is_not_lowered_by_releasing_older_tensors():
