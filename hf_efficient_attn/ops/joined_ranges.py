@@ -42,34 +42,17 @@ def joined_ranges(
     query (B, H, N, D); key, value (B, G, S, D) -> (B, H, N, D). rows: the readings of each row, to be called where
     `ranges.has_kernel`. A query that sees nothing gets zeros; a key that it reads twice counts twice.
     """
-    plan = _Plan(kernels.load("ranges"), [[_Order.of(x) for x in row] for row in rows], float(scaling))
+    orders = [[x._replace(tilings=[pieces(tiles) for tiles in x.tilings if tiles]) for x in row] for row in rows]
+    plan = _Plan(kernels.load("ranges"), orders, float(scaling))
     return _JoinedRanges.apply(plan, query, key, value)
-
-
-class _Order(NamedTuple):
-    queries: Tensor | None
-    keys: Tensor | None
-    tilings: list[Tensor]  # (tiles, 10) int64 each
-    lead: int
-
-    @staticmethod
-    def of(reading: Reading) -> _Order:
-        return _Order(*reading[:2], [pieces(tiles) for tiles in reading.tilings if tiles], reading.lead)
-
-    def arrange(self, *given: Tensor) -> list[Tensor]:
-        """Of each query (N, ...)."""
-        return [x if self.queries is None else x[self.queries] for x in given]
-
-    def arrange_keys(self, *given: Tensor) -> list[Tensor]:
-        return [x if self.keys is None else x[self.keys] for x in given]
 
 
 class _Plan(NamedTuple):
     library: Any
-    rows: list[list[_Order]]
+    rows: list[list[Reading]]  # with tilings as the kernel takes them, (tiles, 10) int64 each
     scaling: float
 
-    def run(self, function: Any, order: _Order, tiles: Tensor, query: Tensor, near: list[Tensor], *rest: Any) -> None:
+    def run(self, function: Any, order: Reading, tiles: Tensor, query: Tensor, near: list[Tensor], *rest: Any) -> None:
         """For one head: query (N, D), keys and values (S, D), and what the function is given besides."""
         key, value = near
         far = [x[: order.lead].contiguous() for x in near]
@@ -89,9 +72,9 @@ class _JoinedRanges(torch.autograd.Function):
             with kernels.writable(*(kernels.heads_of(x, b, g, groups) for x in (output, total))) as (outputs, totals):
                 outputs.zero_(), totals.fill_(float("-inf"))
                 for order in plan.rows[b]:
-                    ordered = order.arrange_keys(*near)
+                    ordered = _arranged(order.keys, *near)
                     for h in range(share):
-                        (own,) = order.arrange(kernels.readable(queries[h]))
+                        (own,) = _arranged(order.queries, kernels.readable(queries[h]))
                         for tiles in order.tilings:
                             found = own.new_zeros(own.shape), own.new_full(own.shape[:1], NOTHING)
                             plan.run(plan.library.ranges_forward, order, tiles, own, ordered, *found)
@@ -116,11 +99,11 @@ class _JoinedRanges(torch.autograd.Function):
             given = [kernels.heads_of(x, b, g, groups) for x in (query, output, total, grad)]
             with kernels.writable(*(kernels.heads_of(x, b, g, groups) for x in results)) as (of_query, *of_near):
                 for order in plan.rows[b]:
-                    ordered = order.arrange_keys(*near)
+                    ordered = _arranged(order.keys, *near)
                     sums = [x.new_zeros(x.shape) for x in ordered]
                     far = [x.new_zeros(order.lead, x.shape[1]) for x in ordered]
                     for h in range(share):
-                        own, *saved = order.arrange(*(kernels.readable(x[h]) for x in given))
+                        own, *saved = _arranged(order.queries, *(kernels.readable(x[h]) for x in given))
                         for tiles in order.tilings:
                             found = own.new_zeros(own.shape)
                             more = *saved, saved[2].stride(0), found, *sums, *far, None
@@ -132,6 +115,11 @@ class _JoinedRanges(torch.autograd.Function):
 
         kernels.for_each_head(group, len(query), groups)
         return None, *results
+
+
+def _arranged(places: Tensor | None, *given: Tensor) -> list[Tensor]:
+    """Of each tensor the rows `places`, or all as they stand."""
+    return [x if places is None else x[places] for x in given]
 
 
 def _add(total: Tensor, places: Tensor | None, part: Tensor) -> None:

@@ -136,10 +136,8 @@ def _one_token(query: Tensor, context: Context, pattern, slots, bias, seen, scal
         sides.append(torch.cat(parts, 2))
     mask = None
     if bias is not None and end > begin:
-        size = sides[0].shape[2]
-        mask = pad(bias[..., begin:end], (sinks, size - sinks - min(end, bias.shape[2]) + begin)).to(query.dtype)[
-            :, :, None
-        ]
+        own = bias[:, :, None, begin:end].to(query.dtype)
+        mask = pad(own, (sinks, sides[0].shape[2] - sinks - own.shape[3]))
     return sdpa(query, *sides, scaling=scaling, mask=mask)
 
 
