@@ -10,6 +10,7 @@ from hf_efficient_attn import (
     HedgehogConfig,
     HostShape,
     LinformerConfig,
+    LshConfig,
     PerformerConfig,
     SlidingWindowConfig,
     TopkBlocksConfig,
@@ -175,6 +176,8 @@ def test_queries_and_values_in_different_precisions(config) -> None:
         (PerformerConfig(num_features=32), "exponentials", True),
         (HedgehogConfig(window=20), "hybrid", True),
         (HedgehogConfig(window=20), "hybrid", False),
+        (LshConfig(num_buckets=1, window=32), "intervals", True),
+        (LshConfig(num_buckets=1, window=32), "intervals", False),
     ],
 )
 def test_half_precision_is_widened(calls, config, name, causal, dtype) -> None:

@@ -8,10 +8,12 @@ orders (rounds of hashing) a query reads the union of its intervals, each key on
 
 Queries are taken in order of their intervals, some to a tile; a tile reads the keys from the first to the last that any of
 its queries sees, by a fused kernel. So the cost is N (window + tile) D, and follows the labels: a label of few keys costs
-few. Queries and keys are copied tile by tile, some megabytes at a time, in whatever order they are stored.
+few. Queries and keys are copied tile by tile, some megabytes at a time, in whatever order they are stored. On a CPU and
+without dropout a kernel does it in one pass (`sorted_intervals`).
 
 Letters: B batch, H query heads, G key/value heads, N queries of this call, S keys (in a decoder those stored and the
-call's own), D head size, C labels, R rounds; n tiles of T queries and L keys.
+call's own), D head size, C labels, R rounds; n tiles of T queries and L keys; an order of E entries of each of U heads,
+G or H.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..caching import AttentionState, TokenStore, column
 from .few import attend_slots
-from .joint import HUGE, Part, _backward, _forward, joint_attention
+from .joint import HUGE, Part, _backward, _forward, joint_attention_and_lse
+from .sorted_intervals import has_kernel, sorted_intervals
 from .tiles import _rows, _Space
 
 TILE = 64  # queries
@@ -34,9 +38,9 @@ STEP = 8  # new tokens up to which each query reads its keys by itself
 @dataclass(frozen=True)
 class Intervals:
     """
-    One order of the keys of all batch rows and key heads, and what every query reads of it. order: (B G S,) int64, the key
-    at each rank, as its place in the flattened (B, G, S). low, high: (B, H, N) int64, ranks low..high-1, which ascend
-    together: of two queries one has neither bound above the other's.
+    One order of the keys of each head, and what every query reads of it. order: (B, U, E) int64, the key at each rank.
+    low, high: (B, H, N) int64, ranks low..high-1, which ascend together: of two queries one has neither bound above the
+    other's. An order that lists a key twice can only be the last of several.
     """
 
     order: Tensor
@@ -44,23 +48,40 @@ class Intervals:
     high: Tensor
 
     def ranks(self) -> Tensor:
-        """(B G S,): the rank of each key."""
-        return torch.empty_like(self.order).scatter_(
-            0, self.order, torch.arange(len(self.order), device=self.order.device)
-        )
+        """(B, U, E): the rank of each key, where all are listed."""
+        ranks = torch.arange(self.order.shape[2], device=self.order.device).expand_as(self.order)
+        return torch.empty_like(self.order).scatter_(2, self.order, ranks)
+
+    def ranks_of(self, slots: Tensor) -> Tensor:
+        """Slots (B, H, N, A), or -1 -> (B H N + 1, A), their ranks in the one order of `flat`, or -1; of no query -1."""
+        batch, heads, entries = self.order.shape
+        ranks = self.ranks().repeat_interleave(slots.shape[1] // heads, 1)
+        row = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1) * entries
+        ranks = ranks + row.repeat_interleave(slots.shape[1] // heads, 1)
+        ranks = torch.gather(ranks, 2, slots.clamp_min(0).flatten(2)).view(slots.shape)
+        return pad(ranks.masked_fill(slots < 0, -1).flatten(0, 2), (0, 0, 0, 1), value=-1)
+
+    def flat(self, groups: int, size: int) -> Intervals:
+        """
+        The same with one order (B U E,) of all, of places in the flattened (B, G, S), and ranks in it.
+        """
+        batch, heads, entries = self.order.shape
+        row = torch.arange(batch * heads, device=self.order.device).view(batch, heads, 1)
+        order = (self.order + row // (heads // groups) * size).flatten()
+        begin = (row * entries).repeat_interleave(self.low.shape[1] // heads, 1)
+        return Intervals(order, self.low + begin, self.high + begin)
 
 
 @dataclass(frozen=True)
 class Labels:
     """
-    Keys in order of (batch row and key head, label, slot); slots without a token have the label C. codes: (B G S,) int64,
-    ascending, (head * (C + 1) + label) * (size + 1) + slot. starts: (B, G, C + 2), the first rank of each label, and the end.
+    The keys of each head in order of (label, slot), (B, G, S); slots without a token have the label C. codes: (B G S,)
+    int64, ascending, (head * (C + 1) + label) * (S + 1) + slot. starts: (B, G, C + 2), the first rank of each label, and S.
     """
 
     codes: Tensor
     order: Tensor
     starts: Tensor
-    size: int
 
     @staticmethod
     def of(labels: Tensor, count: int, used: Tensor | None = None) -> Labels:
@@ -71,8 +92,9 @@ class Labels:
         heads = torch.arange(batch * groups, device=labels.device).view(batch, groups, 1) * (count + 1)
         codes = (heads + labels) * (size + 1) + torch.arange(size, device=labels.device)
         codes, order = torch.sort(codes.flatten())
-        starts = heads + torch.arange(count + 2, device=labels.device)
-        return Labels(codes, order, torch.searchsorted(codes, starts * (size + 1)), size)
+        starts = torch.searchsorted(codes, (heads + torch.arange(count + 2, device=labels.device)) * (size + 1))
+        begin = heads // (count + 1) * size
+        return Labels(codes, order.view(batch, groups, size) - begin, starts - begin)
 
     def ranks(self, labels: Tensor, before: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -80,27 +102,25 @@ class Labels:
         last in a slot < `before` (B, N), which is at least 0, and one past that of the last of all. Where not `live` (B, N),
         all three are the rank of the first key that is no token.
         """
-        groups, places = self.starts.shape[1:]
+        (groups, places), size = self.starts.shape[1:], self.order.shape[2]
         labels, before = labels.to(torch.int64), before[:, None]
         if live is not None:
             labels = labels.masked_fill(~live[:, None], places - 2)
             before = before.masked_fill(~live[:, None], 0)
         heads = torch.arange(self.starts[..., 0].numel(), device=labels.device).view(-1, groups)
         heads = heads.repeat_interleave(labels.shape[1] // groups, 1)[..., None]
-        place, codes = heads * places + labels, (heads * (places - 1) + labels) * (self.size + 1)
+        place, codes = heads * places + labels, (heads * (places - 1) + labels) * (size + 1)
         start, stop = self.starts.flatten()[place], self.starts.flatten()[place + 1]
-        end = torch.searchsorted(self.codes, codes + before)
+        end = torch.searchsorted(self.codes, codes + before) - heads * size
         return start, end, stop if live is None else torch.where(live[:, None], stop, start)
 
     def chunks(self, size: int, heads: int, lengths: Tensor | None, back: int = 0) -> Intervals:
         """Each row's tokens cut, in this order, into chunks of `size`: a token reads its chunk and `back` before it."""
-        (batch, groups), n = self.starts.shape[:2], self.size
-        base = n * torch.arange(batch * groups, device=self.order.device).view(batch, groups, 1)
-        rank = Intervals(self.order, self.order, self.order).ranks().view(batch, groups, n) - base
-        low, end = rank // size * size, n if lengths is None else lengths[:, None, None]
+        rank = Intervals(self.order, self.order, self.order).ranks()
+        low, end = rank // size * size, self.order.shape[2] if lengths is None else lengths[:, None, None]
         high = torch.clamp_max(low + size, end)
         low = torch.minimum((low - back * size).clamp_min(0), high)
-        low, high = ((x + base).repeat_interleave(heads // groups, 1) for x in (low, high))
+        low, high = (x.repeat_interleave(heads // self.order.shape[1], 1) for x in (low, high))
         return Intervals(self.order, low, high)
 
 
@@ -155,8 +175,8 @@ def past_attention(
         rounds.append(Intervals(labels.order, torch.maximum(start, end - window), end))
         alone &= query_labels[..., r] != _at(key_labels[..., r], position, query.shape[1])
     own = torch.where(alone, position[:, None], -1)
-    sinks = Part(*(x[:, :, :num_sinks] for x in (key, value)), mask=(slot[:num_sinks] <= position[..., None])[:, None])
-    return interval_attention(query, key, value, rounds, own=own, beside=[sinks] if num_sinks else [], **options)
+    lead = (position + 1).clamp_max(num_sinks) if num_sinks else None
+    return interval_attention(query, key, value, rounds, own=own, lead=lead, **options)
 
 
 @torch.compiler.disable
@@ -213,7 +233,6 @@ def _recent(
     return best.to(torch.int64), best >= 0
 
 
-@torch.compiler.disable
 def interval_attention(
     query: Tensor,
     key: Tensor,
@@ -222,25 +241,54 @@ def interval_attention(
     *,
     own: Tensor | None = None,
     apart: Tensor | None = None,
-    beside: list[Part] | None = None,
+    lead: Tensor | None = None,
     scaling: float,
     dropout: float = 0.0,
     tile: int = TILE,
 ) -> Tensor:
     """
-    Each query reads the union of its intervals, each key once, and the parts `beside` them, which share no key with them;
-    zeros where there is none.
+    Each query reads the union of its intervals, each key once, and what there is beside them; zeros where there is nothing.
 
-    query (B, H, N, D), key and value (B, G, S, D). own, apart: (B, H, N) int64 or None, a slot that the query reads besides
-    its intervals, which then do not hold it, and a slot that it never reads in an interval; -1 where there is none.
+    query (B, H, N, D), key and value (B, G, S, D). own: (B, H, N) int64 or None, a slot that the query reads besides its
+    intervals, which then do not hold it; apart: (B, H, N, A) int64 or None, slots that it never reads in an interval of
+    orders that list every key; -1 where there is none. lead: (B or 1, N) int64 or None, how many of the first keys it reads
+    besides, which then are in no interval.
     """
-    bands = []
-    for r, one in enumerate(rounds):
-        first = r == 0 and own is not None
-        earlier = [(before, before.ranks()) for before in rounds[:r]]
-        tiles = _tiles(one, tile)
-        bands.append(SortedBand(key, value, one, tiles, earlier, own if first else None, apart))
-    return joint_attention(query, bands + (beside or []), scaling=scaling, dropout=dropout)
+    options = {"own": own, "apart": apart, "lead": lead, "scaling": scaling, "dropout": dropout, "tile": tile}
+    return interval_attention_and_lse(query, key, value, rounds, **options)[0]
+
+
+@torch.compiler.disable
+def interval_attention_and_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rounds: list[Intervals],
+    *,
+    own: Tensor | None = None,
+    apart: Tensor | None = None,
+    lead: Tensor | None = None,
+    scaling: float,
+    dropout: float = 0.0,
+    tile: int = TILE,
+) -> tuple[Tensor, Tensor]:
+    """As `interval_attention`, and the log-sum-exp (B, H, N) of each query's logits, -inf where it reads nothing."""
+    if has_kernel(query, dropout):
+        orders = [(one.order, one.low, one.high) for one in rounds]
+        return sorted_intervals(query, key, value, orders, own, apart, lead, scaling=scaling)
+    (groups, size), parts = key.shape[1:3], []
+    flat = [one.flat(groups, size) for one in rounds]
+    row = torch.arange(key.shape[:2].numel(), device=key.device).view(-1, groups, 1) * size
+    ranks = [row + one.ranks() for one in rounds[:-1]]
+    for r, one in enumerate(flat):
+        earlier = list(zip(flat[:r], (x.flatten() for x in ranks[:r]), strict=True))
+        away = None if apart is None else rounds[r].ranks_of(apart)
+        parts.append(SortedBand(key, value, one, _tiles(one, tile), earlier, own if r == 0 else None, away))
+    if lead is not None:
+        first = int(lead.max())
+        mask = (torch.arange(first, device=key.device) < lead[..., None])[:, None]
+        parts.append(Part(key[:, :, :first], value[:, :, :first], mask=mask))
+    return joint_attention_and_lse(query, parts, scaling=scaling, dropout=dropout)
 
 
 def _tiles(intervals: Intervals, tile: int) -> list[tuple[Tensor, Tensor, int]]:
@@ -274,8 +322,9 @@ def _tiles(intervals: Intervals, tile: int) -> list[tuple[Tensor, Tensor, int]]:
 @dataclass(frozen=True)
 class SortedBand:
     """
-    A part for `joint_attention`: what the queries read by one order, and the keys `own`. A key that a query has read by one
-    of the `earlier` orders, which come with the ranks of keys in them, is left out; and so is the slot `apart`.
+    A part for `joint_attention`: what the queries read by one order, a flat one, and the keys `own`. A key that a query has
+    read by one of the `earlier` orders, which come with the ranks of keys in them, is left out; and so are the keys at the
+    ranks `apart` (B H N + 1, A).
     """
 
     key: Tensor
@@ -288,11 +337,6 @@ class SortedBand:
     bias: None = None
     scatter: None = None
     span: tuple[int, None] = (0, None)
-
-    @staticmethod
-    def of(key: Tensor, value: Tensor, intervals: Intervals, tile: int = TILE) -> SortedBand:
-        """The one part of queries that read these intervals. A key can stand in several places of their order."""
-        return SortedBand(key, value, intervals, _tiles(intervals, tile), [])
 
     def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
         """As `Part.accumulate`."""
@@ -366,13 +410,12 @@ class SortedBand:
         """Of each group of tiles the rows (n, T), its keys' places (n L,) in the flattened (B, G, S), and the part itself."""
         orders = [(self.intervals, None), *self.earlier]
         bounds = [(_extended(one.low), _extended(one.high), ranks) for one, ranks in orders]
-        apart = self._places(self.apart)
         for rows, first, width in self.tiles:
             places = (first[:, None] + torch.arange(width, device=first.device)).flatten()
             places = self.intervals.order.index_select(0, places)
             k, v = (_copy(x, places, space, name) for x, name in ((keys, "k"), (values, "v")))
             k, v = (x.view(len(rows), 1, width, -1) for x in (k, v))
-            yield rows, places, Part(k, v, mask=_Seen(rows, first, places, bounds, apart))
+            yield rows, places, Part(k, v, mask=_Seen(rows, first, places, bounds, self.apart))
 
     def _places(self, slots: Tensor | None) -> Tensor | None:
         """Slots (B, H, N) -> (B H N + 1,), their places in the flattened (B, G, S); -1 where there is none."""
@@ -406,7 +449,7 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
 class _Seen:
     """
     The mask of some tiles, as `Part.mask`. bounds: low, high (B H N + 1,) of this order, and of each earlier one with the
-    ranks (B G S,) that keys have in it.
+    ranks (B G S,) that keys have in it; apart as in `SortedBand`.
     """
 
     rows: Tensor
@@ -426,5 +469,7 @@ class _Seen:
             low, high = (x[rows].to(torch.int32)[..., None] for x in (low, high))
             seen.logical_and_((rank < low).logical_or_(rank >= high))
         if self.apart is not None:
-            seen.logical_and_(places.to(torch.int32) != self.apart[rows].to(torch.int32)[..., None])
+            away, width = self.apart[rows] - first[..., None], places.shape[2]
+            away = torch.where((away < 0) | (away >= width), width, away)  # a key that is cut off again
+            seen = pad(seen, (0, 1)).scatter_(2, away, False)[..., :width]
         return seen[:, None]

@@ -27,7 +27,8 @@ mean over distant tokens blurs their high frequencies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,19 +37,14 @@ from torch.nn.functional import pad
 
 from ..caching import Buffer, Count, Node, TokenStore, column
 from ..config import EfficientAttentionConfig, option
+from ..ops.codes import find_clusters, nearest_clusters
 from ..ops.exact import exact_attention
-from ..ops.joint import HUGE, Part, joint_attention_and_lse
-from ..ops.local import Blocks
-from ..ops.rows import shift
-from ..ops.sorted_band import Intervals, SortedBand
+from ..ops.largest import largest_products
+from ..ops.sorted_band import Intervals, interval_attention, interval_attention_and_lse
 from ..ops.summaries import segments_of
-from ..ops.tiles import largest_places
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention, HostShape
 
-ROWS = 64  # mean queries that read one prefix of the keys, where chunks have fewer
-SCORES = 2**18  # of those mean queries that exist at one time
-STEP = 16  # new tokens up to which queries are not put into frames of whole chunks
 ABSENT = -1e6  # added to the score of a cluster without a member
 
 
@@ -90,8 +86,8 @@ class ClusteredConfig(EfficientAttentionConfig):
 class Read(NamedTuple):
     """
     What the C clusters of I chunks read: output (B, H, I, C, D) and its log-sum-exp (B, H, I, C), without the keys in top
-    (B, H, I, C, K) int64, slots of the largest logits first (K = 0 in the plain form; a key more than once where there are
-    fewer than K). codes (B, H, I, C, bits + 1), see `k_means`.
+    (B, H, I, C, K) int64, those of the largest logits (K = 0 in the plain form; 0 at the end where there are fewer). codes (B,
+    H, I, C, bits + 1), see `codes.k_means`.
     """
 
     output: Tensor
@@ -142,9 +138,8 @@ class ClusteredAttention(EfficientAttention):
         read = Read(*self._read(means, key, value, end, 0, **options), codes)
         output = _of_cluster(read.output, cluster)
         if self.config.improved:
-            stand = torch.zeros(1, n, dtype=torch.int64, device=query.device)
-            band = self._band(read.top, key, value, cluster, stand, torch.as_tensor(end).view(-1, 1), n // clusters)
-            own, _ = joint_attention_and_lse(query, [band], **options)
+            past = torch.as_tensor(end, device=key.device).view(-1, 1)
+            own = interval_attention(query, key, value, [_of_top(read.top, cluster, past)], **options)
             share = torch.sigmoid(_lse_of_top(means, key, read.top, end, options["scaling"]) - read.lse)
             output = torch.lerp(output, own.to(output), _of_cluster(share[..., None], cluster))
         output = output.to(query)
@@ -155,38 +150,26 @@ class ClusteredAttention(EfficientAttention):
         return torch.where((lengths <= clusters)[:, None, None, None], pad(exact, (0, 0, 0, n - clusters)), output)
 
     def _decoder(self, query, key, value, lengths, state, **options) -> Tensor:
-        (batch, _, n, _), b, device = query.shape, self.config.chunk_size, query.device
+        b, n, device = self.config.chunk_size, query.shape[2], query.device
         tokens, offset = (TokenStore(), 0) if state is None else (state.store("tokens"), state.count)
         buffer = tokens.extend(key, value, lengths)
+        near, size = (buffer.key, buffer.value), buffer.key.shape[2]
         read = self._of_chunks(query, buffer, lengths, state, **options)
-        # Tokens move to slots of their own: slot 0 is the first of the chunk that the first query stands in.
-        skip = offset % b
-        count = min(read.lse.shape[2], -(-(n + (skip if isinstance(skip, int) else b - 1)) // b))
-        read = read.of_chunks(slice(0, count))
-        near = [shift(x, skip - offset, count * b) for x in (buffer.key, buffer.value)]
-        if state is not None and n <= STEP:
-            place = (column(skip) + torch.arange(n, device=device)).view(-1, n)
-            slot, stand = torch.arange(count * b, device=device), (place // b).clamp_max(count - 1)
-            seen = (slot <= place[..., None]) & (slot // b == stand[..., None])
-            part, queries = Part(*near, mask=seen[:, None]), query
-        else:
-            part = Blocks(batch, 0, count, b).part(*near, causal=True)
-            queries, stand = shift(query, skip, count * b), torch.arange(count * b, device=device)[None] // b
-        if count == 1 and isinstance(offset, int) and offset < b:
-            output, _ = joint_attention_and_lse(queries, [part], **options)
-        else:
-            cluster = self._nearest(queries, read.codes, stand)
-            parts = [part]
-            if self.config.improved:
-                past = (column(offset - skip) + b * torch.arange(count, device=device)).view(-1, count)
-                parts.append(
-                    self._band(read.top, buffer.key, buffer.value, cluster, stand, past, b // read.lse.shape[3])
-                )
-            output, lse = joint_attention_and_lse(queries, parts, **options)
-            share = torch.sigmoid(_of_cluster(read.lse[..., None], cluster) - lse[..., None])
-            far = _of_cluster(read.output, cluster)
-            output = torch.lerp(output.to(far), far, share.to(far)).to(query)
-        return output if queries is query else shift(output, -skip, n)
+        position = (column(offset) + torch.arange(n, device=device)).view(-1, n)
+        begin = position // b * b
+        low, high = (x.clamp_max(size)[:, None].expand(query.shape[:3]) for x in (begin, position + 1))
+        order = torch.arange(size, device=device).expand(len(query), key.shape[1], -1)
+        rounds = [Intervals(order, low, high)]
+        if isinstance(offset, int) and offset + n <= b:
+            return interval_attention(query, *near, rounds, **options)
+        stand = (position // b - column(offset // b)).clamp_max(read.lse.shape[2] - 1).expand(len(query), -1)
+        cluster = nearest_clusters(query, self.planes, read.codes, stand, offset % b, b)
+        if self.config.improved:
+            rounds.append(_of_top(read.top, cluster, begin))
+        output, lse = interval_attention_and_lse(query, *near, rounds, **options)
+        share = torch.sigmoid(_of_cluster(read.lse[..., None], cluster) - lse[..., None])
+        far = _of_cluster(read.output, cluster)
+        return torch.lerp(output.to(far), far, share.to(far)).to(query)
 
     def _of_chunks(self, query, buffer: Buffer, lengths, state, **options) -> Read:
         """What there is for the queries of a call, by their chunks, from that of the first one on."""
@@ -224,184 +207,36 @@ class ClusteredAttention(EfficientAttention):
     def _top_k(self) -> int:
         return self.config.top_k if self.config.improved else 0
 
-    # Clusters
-
-    @torch.no_grad()
-    def _code(self, query: Tensor) -> Tensor:
-        """(..., D) -> (..., bits + 1) float32: the code as 1 and -1, and a 1."""
-        accurate = torch.promote_types(query.dtype, torch.float32)
-        code = (query.to(accurate) @ self.planes.to(accurate) > 0).to(torch.float32)
-        return pad(code.mul_(2).sub_(1), (0, 1), value=1.0)
-
     def _cluster(self, query: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """
         query (B, H, I, n, D), of which `lengths` (B,) are real -> the cluster of each, (B, H, I, n); codes as in `Read`, and
         the mean queries (B, H, I, C, D), float32 or better, zeros where a cluster has no member.
         """
-        clusters, n, shape = self.config.num_clusters, query.shape[3], query.shape[:3]
-        accurate = torch.promote_types(query.dtype, torch.float32)
-        code, real = self._code(query), None
-        if lengths is not None:
-            real = (torch.arange(n, device=query.device) < lengths[:, None]).view(-1, 1, 1, n, 1)
-            code = code * real
-            lengths = lengths[:, None, None].expand(shape).flatten()
-        labels, codes = k_means(code.flatten(0, 2), clusters, self.config.iterations, lengths)
-        labels = labels.view(*shape, n)
-        member = labels[..., None] == torch.arange(clusters, device=query.device)
-        member = (member if real is None else member & real).to(accurate)
-        counts = member.sum(3)[..., None]
-        means = member.mT @ query.to(accurate) / counts.clamp_min(1)
-        codes = codes.view(*shape, clusters, -1)
-        codes[..., -1:].masked_fill_(counts == 0, ABSENT)
+        (*shape, n, size), clusters, device = query.shape, self.config.num_clusters, query.device
+        labels, codes = find_clusters(query, self.planes, clusters, self.config.iterations, lengths)
+        place = (labels.flatten(0, 2) + clusters * torch.arange(math.prod(shape), device=device)[:, None]).flatten()
+        real = torch.ones(1, n, device=device) if lengths is None else torch.arange(n, device=device) < lengths[:, None]
+        real = real.to(torch.promote_types(query.dtype, torch.float32)).view(-1, 1, 1, n).expand(*shape, n).flatten()
+        sums, counts = real.new_zeros(len(codes.flatten(0, 3)), size), real.new_zeros(len(codes.flatten(0, 3)))
+        sums, counts = sums.index_add(0, place, query.to(real).reshape(-1, size)), counts.index_add(0, place, real)
+        means = (sums / counts.clamp_min(1)[:, None]).view(*shape, clusters, size)
+        codes[..., -1].masked_fill_(counts.view(*shape, clusters) == 0, ABSENT)
         return labels, codes, means
-
-    @torch.no_grad()
-    def _nearest(self, query: Tensor, codes: Tensor, stand: Tensor) -> Tensor:
-        """
-        query (B, H, T, D), those of chunk stand (1 or B, T) of the codes (B, H, I, C, bits + 1) -> the number of its cluster
-        among I C, (B, H, T). More than `STEP` queries are whole chunks.
-        """
-        (batch, heads, chunks, clusters, _), code = codes.shape, self._code(query)
-        if query.shape[2] > STEP:
-            labels = (code.unflatten(2, (chunks, -1)) @ codes.mT).argmax(-1).flatten(2)
-        else:
-            scores = (code @ codes.flatten(2, 3).mT).unflatten(3, (chunks, clusters))
-            index = stand[:, None, :, None, None].expand(batch, heads, -1, 1, clusters)
-            labels = torch.gather(scores, 3, index)[:, :, :, 0].argmax(-1)
-        return labels + clusters * stand[:, None]
 
     # What clusters read
 
     def _read(self, means, key, value, first: Count, step: int, **options) -> tuple[Tensor, Tensor, Tensor]:
         """The first three of `Read`. Chunk i of means (B, H, I, C, D) sees the keys (B, G, S, D) before first + i step."""
-        (chunks, clusters), size = means.shape[2:4], key.shape[2]
-        ends = (column(first) + step * torch.arange(chunks, device=key.device)).view(-1, chunks)
-        ends, parts, width = ends.repeat_interleave(clusters, 1), [], max(1, ROWS // clusters)
-        for begin in range(0, chunks, width):
-            last = min(begin + width, chunks)
-            span = begin * clusters, last * clusters
-            end = first + (last - 1) * step if isinstance(first, int) else size
-            cut = None if isinstance(first, int) and last == begin + 1 else ends[:, slice(*span)]
-            parts.append(MeanRead.of(means.flatten(2, 3), key, value, self._top_k, span, end, cut))
-        output, lse = joint_attention_and_lse(means.flatten(2, 3), parts, **options)
-        read = output, lse, torch.cat([part.top for part in parts], 2)
-        return tuple(x.unflatten(2, (chunks, clusters)) for x in read)
-
-    def _band(self, top, key, value, cluster, stand, past, tile: int) -> SortedBand:
-        """
-        The part in which queries of a cluster (B, H, T) of chunk stand (1 or B, T) read its keys in `top`, of which there
-        are past (1 or B, I) or K, if that is less; about `tile` queries do so together.
-        """
-        (batch, heads, _), (groups, size) = cluster.shape, key.shape[1:3]
-        most, device = top.shape[4], key.device
-        row = torch.arange(batch * heads, device=device).view(batch, heads, 1)
-        order = (top.flatten(2) + row // (heads // groups) * size).flatten()
-        low = (row * top.shape[2] * top.shape[3] + cluster) * most
-        count = torch.gather(past.to(device).expand(batch, -1), 1, stand.expand(batch, -1)).clamp_max(most)
-        intervals = Intervals(order, low, low + count[:, None])
-        return SortedBand.of(key, value, intervals, min(max(tile, 8), 64))
-
-
-@torch.no_grad()
-def k_means(code: Tensor, clusters: int, iterations: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """
-    Lloyd's algorithm with the Hamming distance. code (P, n, bits + 1): 1 and -1, and a last 1; zeros from lengths (P,) on.
-
-    Returns the cluster of each, (P, n) int64, and the clusters' codes (P, C, bits + 1), whose last entry makes the product
-    with a token's code larger for the lower one of clusters that are equally near.
-    """
-    index = torch.arange(clusters, device=code.device)
-    lower = -index * 2.0 ** -(clusters - 1).bit_length()  # above -1, where products of codes are 2 apart; exact
-    begin = index * (code.shape[1] if lengths is None else lengths[:, None]) // clusters
-    centres = torch.gather(code, 1, begin.expand(len(code), -1)[..., None].expand(-1, -1, code.shape[2]))
-    centres[..., -1] = lower
-    for _ in range(iterations):
-        scores = code @ centres.mT
-        member = (scores == scores.amax(-1, keepdim=True)).to(code.dtype)  # of a padded token, all; it adds zeros
-        sums = member.mT @ code
-        moved = torch.where(sums >= 0, 1.0, -1.0)
-        moved[..., -1] = lower
-        centres = torch.where(sums[..., -1:] > 0, moved, centres)
-    return (code @ centres.mT).argmax(-1), centres
-
-
-@dataclass(frozen=True)
-class MeanRead:
-    """
-    A part for `joint_attention`: some of the mean queries, those of `span`, read the first `end` keys (B, G, S, D), without
-    those in top (B, H, R, K); each only those before cut (1 or B, R), where this is given. Their weights are formed, since
-    what a mean query leaves out is its own and a mask costs a fused kernel more than it spares.
-    """
-
-    key: Tensor
-    value: Tensor
-    top: Tensor
-    span: tuple[int, int]
-    end: int
-    cut: Tensor | None
-    bias: None = None
-
-    @staticmethod
-    @torch.no_grad()
-    def of(means: Tensor, key: Tensor, value: Tensor, most: int, span: tuple[int, int], end: int, cut: Tensor | None):
-        """The part with the `most` keys that each of its means (B, H, .., D) has the largest products with as its `top`."""
-        means, tops = means[:, :, slice(*span)], []
-        part = MeanRead(key, value, means.new_zeros(*means.shape[:3], 0, dtype=torch.int64), span, end, cut)
-        if most == 0:
-            return part
-        chunk = max(1, SCORES // max(1, means.shape[:2].numel() * end))
-        for rows in torch.arange(means.shape[2]).split(chunk):
-            piece = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = part._logits(means[:, :, piece], key.to(means.dtype), 1.0, piece)
-            tops.append(largest_places(logits.to(torch.float32), min(most, end)))
-        return replace(part, top=pad(torch.cat(tops, 2), (0, most - tops[0].shape[3])))
-
-    def accumulate(self, output: None, total: None, query, key, value, bias, scaling, dropout):
-        """As `Part.accumulate`, of queries that no other part serves."""
-        logits, kept = self._logits(query, key, scaling), None
-        lse = logits.logsumexp(-1)
-        weights = logits.sub_(lse.masked_fill(lse == float("-inf"), HUGE)[..., None]).exp_()
-        if dropout:
-            kept = torch.rand_like(weights) >= dropout
-            weights.mul_(kept).div_(1 - dropout)
-        return self._weighted(weights, value).view(query.shape), lse, kept
-
-    def differentiate(self, grad, output, total, query, key, value, bias, scaling, dropout, kept):
-        """As `Part.differentiate`; the gradients of key and value are of the first `end`."""
-        grad, output, groups = grad.to(total.dtype), output.to(total.dtype), key.shape[1]
-        weights = self._logits(query, key, scaling).sub_(total[..., None]).exp_()
-        dweights = _grouped(grad, groups) @ value[:, :, : self.end].mT
-        dweights = dweights.view(weights.shape)
-        dropped = weights
-        if dropout:
-            dropped = weights * kept / (1 - dropout)
-            dweights.mul_(kept).div_(1 - dropout)
-        dv = _grouped(dropped, groups).mT @ _grouped(grad, groups)
-        dlogits = dweights.sub_((grad * output).sum(-1, keepdim=True)).mul_(weights).mul_(scaling)
-        dk = _grouped(dlogits, groups).mT @ _grouped(query, groups)
-        return self._weighted(dlogits, key).view(query.shape), dk, dv, None
-
-    def scatter(self, total: Tensor, x: Tensor) -> None:
-        """Adds x, of the first `end` keys, to total (B, G, S, D)."""
-        total[:, :, : self.end] += x
-
-    def _logits(self, query: Tensor, key: Tensor, scaling: float, rows: slice = slice(None)) -> Tensor:
-        """(B, H, r, end), of mean queries (B, H, r, D), the `rows` of this part; -inf at keys that they do not read."""
-        logits = _grouped(query * scaling, key.shape[1]) @ key[:, :, : self.end].mT
-        logits = logits.view(*query.shape[:3], -1)
-        if self.cut is not None:
-            slot = torch.arange(self.end, device=key.device)
-            logits.masked_fill_((slot >= self.cut[:, rows, None])[:, None], float("-inf"))
-        return logits.scatter_(3, self.top[:, :, rows], float("-inf"))
-
-    def _weighted(self, weights: Tensor, x: Tensor) -> Tensor:
-        """(B, H, r, end) and (B, G, S, D) -> (B, G, H / G r, D)."""
-        return _grouped(weights, x.shape[1]) @ x[:, :, : self.end]
-
-
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(B, H, r, E) -> (B, G, H / G r, E)."""
-    return x.unflatten(1, (groups, -1)).flatten(2, 3)
+        (batch, heads, chunks, clusters, _), device = means.shape, key.device
+        ends = (column(first) + step * torch.arange(chunks, device=device)).view(-1, chunks)
+        ends = ends.clamp_max(key.shape[2]).repeat_interleave(clusters, 1)
+        means, key, value = means.flatten(2, 3), key.to(means.dtype), value.to(means.dtype)
+        top = largest_products(means, key, ends, self._top_k)
+        order = torch.arange(key.shape[2], device=device).expand(*key.shape[:2], -1)
+        high = ends[:, None].expand(batch, heads, -1)
+        rounds, apart = [Intervals(order, torch.zeros_like(high), high)], top if self.config.improved else None
+        output, lse = interval_attention_and_lse(means, key, value, rounds, apart=apart, **options)
+        return tuple(x.unflatten(2, (chunks, clusters)) for x in (output, lse, top))
 
 
 def _lse_of_top(means: Tensor, key: Tensor, top: Tensor, end: Count, scaling: float) -> Tensor:
@@ -413,6 +248,15 @@ def _lse_of_top(means: Tensor, key: Tensor, top: Tensor, end: Count, scaling: fl
     logits = (keys @ means[..., None])[..., 0] * scaling
     there = torch.arange(most, device=key.device) < torch.as_tensor(end, device=key.device).view(-1, 1)
     return logits.masked_fill(~there[:, None, None, None], float("-inf")).logsumexp(-1)
+
+
+def _of_top(top: Tensor, cluster: Tensor, past: Tensor) -> Intervals:
+    """
+    What queries of these clusters (B, H, T), numbers among I C, read of top (B, H, I, C, K): its first keys, as many as there
+    are `past` (B or 1, 1 or T).
+    """
+    most, low = top.shape[4], cluster * top.shape[4]
+    return Intervals(top.flatten(2), low, low + past[:, None].clamp_max(most))
 
 
 def _of_cluster(x: Tensor, cluster: Tensor) -> Tensor:

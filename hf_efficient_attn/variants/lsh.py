@@ -178,7 +178,7 @@ def _chunks(query, key, value, labels, config: LshConfig, lengths, **options) ->
         rounds.append(order.chunks(config.window, query.shape[1], lengths, back=1))
         alone &= rounds[-1].high - rounds[-1].low == 1
     own = torch.where(alone, position, -1)
-    return interval_attention(query, key, value, rounds, own=own, apart=position, **options)
+    return interval_attention(query, key, value, rounds, own=own, apart=position[..., None], **options)
 
 
 def _centred(key: Tensor, lengths: Tensor | None) -> Tensor:

@@ -108,7 +108,7 @@ class RoutingAttention(EfficientAttention):
     @torch.compiler.disable
     def _read_nearest(self, query, key, value, query_labels, key_labels, closeness, lengths, **options) -> Tensor:
         """Encoder: a query of cluster c reads the `window` keys of c nearest to its centroid, and its own."""
-        (batch, heads, n), groups, clusters = query.shape[:3], key.shape[1], self.config.num_clusters
+        n, clusters = query.shape[2], self.config.num_clusters
         position = torch.arange(n, device=query.device)
         live = None if lengths is None else position < lengths[:, None]
         if live is not None:
@@ -116,10 +116,9 @@ class RoutingAttention(EfficientAttention):
         # Keys are labelled in order of closeness, so that those of one label keep it; `order` leads back to their places.
         nearer = torch.argsort(closeness, dim=-1, descending=True, stable=True)
         labels = Labels.of(torch.gather(key_labels, 2, nearer), clusters)
-        places = nearer + n * torch.arange(batch * groups, device=query.device).view(batch, groups, 1)
-        order = places.flatten()[labels.order]
-        low, _, stop = labels.ranks(query_labels, position.new_zeros(batch, 1), live)
+        order = torch.gather(nearer, 2, labels.order)
+        low, _, stop = labels.ranks(query_labels, position.new_zeros(len(query), 1), live)
         read = Intervals(order, low, torch.minimum(low + self.config.window, stop))
-        rank = read.ranks().view(batch, groups, n).repeat_interleave(heads // groups, 1)
+        rank = read.ranks().repeat_interleave(query.shape[1] // key.shape[1], 1)
         own = torch.where((rank < read.low) | (rank >= read.high), position, -1)
         return interval_attention(query, key, value, [read], own=own, tile=TILE, **options)

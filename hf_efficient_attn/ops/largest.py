@@ -1,0 +1,56 @@
+"""
+Which keys have the largest products with a query.
+
+Letters: B batch, H query heads, G key/value heads, R queries, S keys, D head size, K = `picks`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import kernels
+from .tiles import largest_places
+
+SCORES = 2**18  # products that exist at one time
+
+
+@torch.no_grad()
+def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Tensor:
+    """
+    query (B, H, R, D), key (B, G, S, D) -> (B, H, R, K) int64, ascending: of the first `ends` keys, int64 (B or 1, R), the
+    `picks` with the largest products with a query, of equal ones the lower; 0 at the end where there are fewer.
+    """
+    (batch, heads, rows, _), (groups, size) = query.shape, key.shape[1:3]
+    ends = ends.expand(batch, -1)
+    if picks == 0:
+        return ends.new_zeros(batch, heads, rows, 0)
+    if size and (library := kernels.serving("largest", query)) is not None:
+        return _by_kernel(library, query, key, ends, picks)
+    grouped, chosen = query.unflatten(1, (groups, -1)), []
+    key, slot, most = key.to(query.dtype), torch.arange(size, device=key.device), min(picks, size)
+    for piece in torch.arange(rows).split(max(1, SCORES // max(1, batch * heads * size))):
+        part = slice(int(piece[0]), int(piece[-1]) + 1)
+        scores = grouped[:, :, :, part].flatten(2, 3) @ key.mT
+        scores = scores.view(batch, heads, -1, size).to(torch.float32)
+        hidden = (slot >= ends[:, part, None])[:, None]
+        places = largest_places(scores.masked_fill_(hidden, float("-inf")), most)
+        chosen.append(torch.where(places < ends[:, None, part, None], places, size).sort(-1).values)
+    chosen = pad(torch.cat(chosen, 2), (0, picks - most))
+    return chosen.masked_fill_(chosen == size, 0)
+
+
+def _by_kernel(library, query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Tensor:
+    (batch, heads, rows, dim), groups = query.shape, key.shape[1]
+    chosen, room = torch.empty(batch, heads, rows, picks, dtype=torch.int64), -(-picks // kernels.LANES) * kernels.LANES
+    ends = ends.contiguous()
+
+    def job(b: int, h: int) -> None:
+        given = (x.float().contiguous() for x in (query[b, h], key[b, h * groups // heads]))
+        held = torch.empty(rows, room), torch.empty(rows, room, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+        least = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        kernels.call(library.largest_products, *given, ends[b], rows, dim, picks, room, *held, *least, chosen[b, h])
+
+    kernels.for_each_head(job, batch, heads)
+    return chosen
