@@ -19,12 +19,12 @@ static float dot(const float *a, const float *b, long dim) {
 }
 
 /*
- * Lines first..last-1 of q and out (lines, n, dim). k, v: rows, heads and keys kb, kg, ks (vb, vg, vs) floats apart. begin, end
- * (lines, n, count): slots begin..end-1 of each range; rows of `most` slots at most.
+ * Lines first..last-1 of q, out (lines, n, dim) and lse (lines, n), r_i, or null. k, v: rows, heads and keys kb, kg, ks (vb,
+ * vg, vs) floats apart. begin, end (lines, n, count): slots begin..end-1 of each range; rows of `most` slots at most.
  */
 void few_forward(const float *q, const float *k, long kb, long kg, long ks, const float *v, long vb, long vg, long vs,
                  const long *begin, const long *end, long first, long last, long heads, long groups, long n, long count,
-                 long most, long dim, float scaling, float *out) {
+                 long most, long dim, float scaling, float *out, float *lse) {
     float *weights = malloc(sizeof(float) * (most + W));
     for (long row = first * n; row < last * n; row++) {
         long line = row / n, b = line / heads, g = line % heads * groups / heads, size = 0;
@@ -51,7 +51,8 @@ void few_forward(const float *q, const float *k, long kb, long kg, long ks, cons
                 float weight = weights[size++];
                 for (long p = 0; p < dim / W; p++) sum[p] += weight * *(const vec *)(value + j * vs + p * W);
             }
-        float inverse = size ? 1 / total_of(total) : 0;
+        float weight = total_of(total), inverse = size ? 1 / weight : 0;
+        if (lse) lse[row] = size ? largest + __builtin_logf(weight) : NOTHING;
         for (long p = 0; p < dim / W; p++) *(vec *)(out + row * dim + p * W) = sum[p] * inverse;
     }
     free(weights);

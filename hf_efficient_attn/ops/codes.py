@@ -15,7 +15,7 @@ from .. import kernels
 from ..caching import Count
 from .rows import shift
 
-FEW = 16  # vectors that are not put into frames of whole chunks
+FEW = 8  # vectors that are not put into frames of whole chunks, and not worth a kernel's call for each head
 WORD = 64  # bits
 
 
@@ -45,7 +45,7 @@ def nearest_clusters(x: Tensor, planes: Tensor, codes: Tensor, stand: Tensor, sk
     (B, H, T) int64, for each the nearest of its chunk's codes (B, H, I, C, bits + 1), numbered among I C.
     """
     (batch, heads, chunks, clusters, _), n = codes.shape, x.shape[2]
-    if (library := kernels.serving("codes", x)) is not None:
+    if n > FEW and (library := kernels.serving("codes", x)) is not None:
         return _nearest_bits(library, x, planes, codes, stand)
     code = _signs(x, planes)
     if n > FEW:

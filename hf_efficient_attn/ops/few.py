@@ -40,7 +40,7 @@ def attend_blocks(
     begin = torch.cat([own, torch.where(valid, chosen, key.shape[2])], 3) * size
     begin = begin.repeat_interleave(query.shape[1] // begin.shape[1], 1).expand(*query.shape[:3], -1)
     end = torch.minimum(begin + size, position + 1)  # before `begin` where there is no block
-    if _has_kernel(query, key, value, dropout):
+    if has_kernel(query, key, value, dropout):
         return _by_kernel(query, key, value, begin, end, size, scaling)
     slots = begin[..., None] + torch.arange(size, device=key.device)
     return _copied(query, key, value, slots.flatten(3), (slots < end[..., None]).flatten(3), scaling, dropout)
@@ -54,17 +54,31 @@ def attend_slots(
     where `seen`, bool and alike, is False. A slot seen twice counts twice; a query that sees none gets zeros.
     """
     slots, seen = (x.expand(*query.shape[:3], -1) for x in (slots, seen))
-    if _has_kernel(query, key, value, dropout):
+    if has_kernel(query, key, value, dropout):
         return _by_kernel(query, key, value, slots, slots + seen, 1, scaling)
     return _copied(query, key, value, slots, seen, scaling, dropout)
 
 
-def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+def attend_ranges(
+    query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, longest: int, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """
+    query (B, H, N, D); key, value (B, G, S, D) -> (B, H, N, D) and the log-sum-exp (B, H, N) of its logits: a query sees, where
+    `has_kernel`, its ranges of slots, int64 (B, H, N, C) begin..end-1, of `longest` slots at most.
+    """
+    lse = query.new_empty(query.shape[:3])
+    return _by_kernel(query, key, value, begin, end, longest, scaling, lse), lse
+
+
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the kernel can serve these queries."""
     plain = dropout == 0 and not torch.is_grad_enabled() and {x.dtype for x in (query, key, value)} == {torch.float32}
     return plain and not torch.compiler.is_compiling() and kernels.serving("few", query) is not None
 
 
-def _by_kernel(query, key, value, begin: Tensor, end: Tensor, size: int, scaling: float) -> Tensor:
+def _by_kernel(
+    query, key, value, begin: Tensor, end: Tensor, size: int, scaling: float, lse: Tensor | None = None
+) -> Tensor:
     heads, n, dim = query.shape[1:]
     lines, count = len(query) * heads, begin.shape[3]
     query, key, value = query.contiguous(), kernels.readable(key), kernels.readable(value)
@@ -74,7 +88,7 @@ def _by_kernel(query, key, value, begin: Tensor, end: Tensor, size: int, scaling
 
     def job(lines: tuple[int, int]) -> None:
         given = query, key, *key.stride()[:3], value, *value.stride()[:3], begin, end
-        kernels.call(function, *given, *lines, *sizes, output)
+        kernels.call(function, *given, *lines, *sizes, output, lse)
 
     pieces = max(1, min(torch.get_num_threads(), lines, lines * n * count * size * dim // ENOUGH))
     edges = pairwise(lines * i // pieces for i in range(pieces + 1))

@@ -37,7 +37,8 @@ from torch.nn.functional import pad
 
 from ..caching import Buffer, Count, Node, TokenStore, column
 from ..config import EfficientAttentionConfig, option
-from ..ops.codes import find_clusters, nearest_clusters
+from ..ops import few
+from ..ops.codes import FEW, find_clusters, nearest_clusters
 from ..ops.exact import exact_attention
 from ..ops.largest import largest_products
 from ..ops.sorted_band import Intervals, interval_attention, interval_attention_and_lse
@@ -164,9 +165,15 @@ class ClusteredAttention(EfficientAttention):
             return interval_attention(query, *near, rounds, **options)
         stand = (position // b - column(offset // b)).clamp_max(read.lse.shape[2] - 1).expand(len(query), -1)
         cluster = nearest_clusters(query, self.planes, read.codes, stand, offset % b, b)
-        if self.config.improved:
-            rounds.append(_of_top(read.top, cluster, begin))
-        output, lse = interval_attention_and_lse(query, *near, rounds, **options)
+        if n <= FEW and few.has_kernel(query, *near, options["dropout"]):
+            top = _of_cluster(read.top, cluster)
+            until = top + (torch.arange(self._top_k) < begin[:, None, :, None])
+            ranges = (torch.cat([x[..., None], y], 3) for x, y in ((low, top), (high, until)))
+            output, lse = few.attend_ranges(query, *near, *ranges, b, scaling=options["scaling"])
+        else:
+            if self.config.improved:
+                rounds.append(_of_top(read.top, cluster, begin))
+            output, lse = interval_attention_and_lse(query, *near, rounds, **options)
         share = torch.sigmoid(_of_cluster(read.lse[..., None], cluster) - lse[..., None])
         far = _of_cluster(read.output, cluster)
         return torch.lerp(output.to(far), far, share.to(far)).to(query)
