@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_efficient_attn import (
     BigBirdConfig,
+    ClusteredConfig,
     HostShape,
     LshConfig,
     RoutingConfig,
@@ -18,7 +19,7 @@ from hf_efficient_attn import (
     TopkBlocksConfig,
     kernels,
 )
-from hf_efficient_attn.ops.few import attend_blocks, attend_slots
+from hf_efficient_attn.ops.few import attend_blocks, attend_ranges, attend_slots, recent_ranges
 from hf_efficient_attn.registry import build
 
 needs_compiler = pytest.mark.skipif(kernels.load("few") is None, reason="no C compiler here")
@@ -100,6 +101,39 @@ def test_blocks(calls, by_kernel, own_heads) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(("window", "num_sinks"), [(1, 0), (5, 3), (60, 2), (4, 60)])
+def test_recent_slots_of_a_label(calls, window, num_sinks) -> None:
+    """Beside a loop over all slots; three rounds, two queries, one of them within the first slots."""
+    g = torch.Generator().manual_seed(window)
+    labels = torch.randint(0, 3, (BATCH, GROUPS, 80, 3), generator=g, dtype=torch.int32)[:, :, :STORED]
+    asked, position = torch.randint(0, 3, (BATCH, HEADS, 2, 3), generator=g), torch.tensor([[1, 40], [20, 49]])
+    begin, end = recent_ranges(asked, labels, position, window, num_sinks)
+    assert calls == ["few_recent"]
+    for b, h, i in product(range(BATCH), range(HEADS), range(2)):
+        at, own = int(position[b, i]), labels[b, h * GROUPS // HEADS]
+        want = {at, *range(min(num_sinks, at + 1))}
+        for r in range(3):
+            of_label = [j for j in range(num_sinks, at + 1) if own[j, r] == asked[b, h, i, r]]
+            want |= set(of_label[-window:])
+        found = [j for x, y in zip(begin[b, h, i].tolist(), end[b, h, i].tolist(), strict=True) for j in range(x, y)]
+        assert sorted(found) == sorted(want)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_ranges_and_their_log_sum_exp() -> None:
+    query, key, value = tensors(2)
+    begin = torch.tensor([0, 20, 30]).expand(BATCH, HEADS, 2, -1)
+    end = begin + torch.tensor([[7, 1, 0], [0, 0, 0]])
+    output, lse = attend_ranges(query, key, value, begin, end, 7, scaling=SCALING)
+    logits = SCALING * query @ key.repeat_interleave(HEADS // GROUPS, 1).mT
+    slots = [*range(7), 20]
+    torch.testing.assert_close(lse[:, :, 0], logits[:, :, 0, slots].logsumexp(-1))
+    torch.testing.assert_close(output, formula(query, key, value, lambda b, h, i: slots if i == 0 else []).float())
+    assert (lse[:, :, 1] == float("-inf")).all()
+
+
+@needs_compiler
 def test_many_lines_go_to_several_threads(calls, monkeypatch) -> None:
     given, slots = tensors(1), torch.arange(30).expand(BATCH, HEADS, 1, -1)
     alone = run(calls, True, attend_slots, *given, slots, slots >= 0)
@@ -128,7 +162,10 @@ def test_what_the_kernel_does_not_serve(calls, given) -> None:
         BigBirdConfig(block_size=16),
         StridedConfig(stride=7, local_size=20),
         LshConfig(num_buckets=4, window=20),
+        LshConfig(num_buckets=2, num_hashes=3, window=7, num_sinks=0),
         RoutingConfig(num_clusters=3, window=30),
+        ClusteredConfig(num_clusters=4, top_k=8, chunk_size=24),
+        ClusteredConfig(num_clusters=4, improved=False, chunk_size=30),
     ],
     ids=lambda config: config.name,
 )

@@ -1,6 +1,6 @@
 /*
- * Few queries that each read some ranges of stored keys where they lie (ops/few.py), and the choice of blocks for them
- * (ops/tiles.py), on a CPU, float32.
+ * Few queries that each read some ranges of stored keys where they lie (ops/few.py), and the choice of keys (ops/sorted_band.py)
+ * and of blocks (ops/tiles.py) for them, on a CPU, float32.
  *
  *     out_i = sum_j exp(scaling q_i k_j - r_i) v_j,    r_i the log-sum-exp; zeros where there is no key.
  *
@@ -80,4 +80,33 @@ void few_choose(const float *features, const float *summaries, long sb, long sg,
         for (long i = held; i < picks; i++) chosen[i] = none;
     }
     free(best);
+}
+
+/*
+ * begin, end (lines, n, rounds window + 2): of a query at position[b n + i] the first `sinks` slots, its own, and for each round r
+ * the `window` most recent slots at or before it, its own among them, whose label is asked (lines, n, rounds), without those
+ * found before; empty where there are no more. labels: rows, heads and slots lb, lg, ls numbers apart.
+ */
+void few_recent(const int *asked, const int *labels, long lb, long lg, long ls, const long *position, long lines, long heads,
+                long groups, long n, long rounds, long window, long sinks, long *begin, long *end) {
+    long width = rounds * window + 2;
+    for (long row = 0; row < lines * n; row++, asked += rounds, begin += width, end += width) {
+        long line = row / n, b = line / heads, g = line % heads * groups / heads, at = position[b * n + row % n], held = 2;
+        const int *label = labels + b * lb + g * lg;
+        long oldest[rounds];
+        begin[0] = 0, end[0] = sinks <= at ? sinks : at + 1;
+        begin[1] = at, end[1] = at + (at >= sinks);
+        for (long r = 0; r < rounds; r++) {
+            long found = 0;
+            oldest[r] = at + 1;
+            for (long j = at; j >= sinks && found < window; j--) {
+                if (label[j * ls + r] != asked[r]) continue;
+                int before = j == at;
+                for (long e = 0; e < r; e++) before |= label[j * ls + e] == asked[e] && j >= oldest[e];
+                if (!before) begin[held] = j, end[held++] = j + 1;
+                oldest[r] = j, found++;
+            }
+        }
+        for (; held < width; held++) begin[held] = end[held] = 0;
+    }
 }

@@ -70,6 +70,23 @@ def attend_ranges(
     return _by_kernel(query, key, value, begin, end, longest, scaling, lse), lse
 
 
+def recent_ranges(
+    query_labels: Tensor, key_labels: Tensor, position: Tensor, window: int, num_sinks: int
+) -> tuple[Tensor, Tensor]:
+    """
+    For queries at `position` (B, N) with labels (B, H, N, R) the ranges that `attend_ranges` takes, of slots with labels (B, G,
+    S, R) int32: the first `num_sinks`, in no round; the query's own; and of each round the `window` most recent ones of its
+    label, its own among them. Each slot once. Where `has_kernel`.
+    """
+    (batch, heads, n, rounds), groups = query_labels.shape, key_labels.shape[1]
+    begin, end = (torch.empty(batch, heads, n, rounds * window + 2, dtype=torch.int64) for _ in range(2))
+    key_labels = key_labels if key_labels.stride(3) == 1 else key_labels.contiguous()
+    given = query_labels.to(torch.int32).contiguous(), key_labels, *key_labels.stride()[:3], position.contiguous()
+    sizes = batch * heads, heads, groups, n, rounds, window, num_sinks
+    kernels.call(kernels.load("few").few_recent, *given, *sizes, begin, end)
+    return begin, end
+
+
 def has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether the kernel can serve these queries."""
     plain = dropout == 0 and not torch.is_grad_enabled() and {x.dtype for x in (query, key, value)} == {torch.float32}

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..caching import AttentionState, TokenStore, column
-from .few import attend_slots
+from .few import attend_ranges, attend_slots, recent_ranges
+from .few import has_kernel as has_few_kernel
 from .joint import HUGE, Part, _backward, _forward, joint_attention_and_lse
 from .sorted_intervals import has_kernel, sorted_intervals
 from .tiles import _rows, _Space
@@ -160,6 +161,9 @@ def past_attention(
         labels = key_labels.to(torch.int32)
         key_labels = state.store("labels", LabelStore).extend(labels, labels[..., :0], lengths).key
     position = (column(offset) + torch.arange(n, device=query.device)).expand(query.shape[0], n)
+    if n <= STEP and state is not None and has_few_kernel(query, key, value, dropout):
+        ranges = recent_ranges(query_labels, key_labels, position, window, num_sinks)
+        return attend_ranges(query, key, value, *ranges, max(num_sinks, 1), scaling=scaling)[0]
     if n <= STEP and state is not None:
         slots, seen = _recent(query_labels, key_labels, position, window, num_sinks)
         return attend_slots(query, key, value, slots, seen, **options)
