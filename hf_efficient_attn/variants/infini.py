@@ -23,17 +23,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, pad
+from torch.nn.functional import pad
 
 from ..caching import AttentionState, column
 from ..config import EfficientAttentionConfig, option
 from ..ops.local import Context, Segments, local_decoder, remember, segment_encoder
+from ..ops.memory import FLOOR, features, mixed, written
 from ..ops.rows import shift
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 from .block import BlockConfig
-
-FLOOR = 1e-30  # of a normaliser
 
 
 @dataclass(kw_only=True)
@@ -108,17 +107,14 @@ class InfiniAttention(EfficientAttention):
         if n <= b:
             return local
         count = -(-n // b)
-        ends = n if lengths is None else lengths[:, None, None, None]
+        ends = lengths if lengths is not None or n % b == 0 else torch.full((len(query),), n, device=query.device)
+        query, key, value, local = (shift(x, 0, count * b) for x in (query, key, value, local))
         with torch.autocast(query.device.type, enabled=False):
-            phi, value = _phi(shift(key, 0, count * b)), shift(value, 0, count * b).to(_accurate(value))
-            if lengths is not None or n % b:
-                slots = torch.arange(count * b, device=key.device)[:, None]
-                phi = phi.masked_fill(slots >= ends, 0)
-            added = _written(phi.unflatten(2, (count, b)), value.unflatten(2, (count, b)))
+            added = written(key, value, count, ends)
             before = pad(added.cumsum(2), (0, 0, 0, 0, 1, -1))
             after = pad(added.flip(2).cumsum(2), (0, 0, 0, 0, 1, -1)).flip(2)
-            read = [x[:, :, :n] for x in _read(shift(query, 0, count * b), before + after)]
-        return self._mix(local, *read, True if lengths is None else ends > b)
+        there = torch.ones(1, 1, dtype=torch.bool, device=query.device) if lengths is None else lengths[:, None] > b
+        return mixed(local, query, before + after, self.gate, there.expand(-1, count * b))[:, :, :n]
 
     def _before(
         self,
@@ -140,74 +136,33 @@ class InfiniAttention(EfficientAttention):
             if stored is None:
                 d = query.shape[3]
                 stored = query.new_zeros(*context.key.shape[:2], d, d + 1, dtype=_accurate(query))
-            key, value = (x[:, :, : complete * b].unflatten(2, (complete, b)) for x in (context.key, context.value))
-            memories = self._write(stored, _phi(key), value.to(stored.dtype))
+            key, value = (x[:, :, : complete * b] for x in (context.key, context.value))
+            memories = self._write(stored, key, value, complete)
             if state is not None and complete:
                 done = (new + (n if lengths is None else lengths)) // b
                 if isinstance(done, int):
                     state.entries["memory"] = memories[:, :, done]
                 else:
                     state.entries["memory"] = memories[torch.arange(len(done), device=done.device), :, done]
-            if begun == 1:
-                read = _read(query, memories[:, :, :1])
-            else:
-                read = [shift(x, -new, n) for x in _read(shift(query, new, begun * b), memories[:, :, :begun])]
-        position = column(count) + torch.arange(n, device=query.device)
-        return self._mix(local, *read, (position >= b).view(-1, 1, n, 1))
+        if begun > 1:  # in frames of whole segments
+            query, local = (shift(x, new, begun * b) for x in (query, local))
+        position = column(count - (new if begun > 1 else 0)) + torch.arange(query.shape[2], device=query.device)
+        output = mixed(local, query, memories[:, :, :begun], self.gate, (position >= b).view(-1, query.shape[2]))
+        return shift(output, -new, n) if begun > 1 else output
 
-    def _write(self, stored: Tensor, phi: Tensor, value: Tensor) -> Tensor:
-        """stored (B, G, D, D + 1), phi and value (B, G, L, b, D) -> the memory before each segment and after all."""
+    def _write(self, stored: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
+        """stored (B, G, D, D + 1), key and value (B, G, L b, D) of L segments -> the memory before each and after all."""
+        if segments == 0:
+            return stored[:, :, None]
         if self.config.rule == "plain":
-            return torch.cat([stored[:, :, None], _written(phi, value)], 2).cumsum(2)
+            return torch.cat([stored[:, :, None], written(key, value, segments)], 2).cumsum(2)
         memories = [stored]
-        for segment in range(phi.shape[2]):
-            keys, memory = phi[:, :, segment], memories[-1]
-            known = keys @ memory[..., :-1] / (keys @ memory[..., -1:]).clamp_min(FLOOR)  # 0 of an empty memory
-            memories.append(memory + _written(keys, value[:, :, segment] - known))
+        for own, values in zip(key.chunk(segments, 2), value.to(stored.dtype).chunk(segments, 2), strict=True):
+            phi, memory = features(own), memories[-1]
+            known = phi @ memory[..., :-1] / (phi @ memory[..., -1:]).clamp_min(FLOOR)  # 0 of an empty memory
+            memories.append(memory + torch.cat([phi.mT @ (values - known), phi.sum(-2)[..., None]], -1))
         return torch.stack(memories, 2)
-
-    def _mix(self, local: Tensor, numerator: Tensor, normaliser: Tensor, remembers: Tensor | bool) -> Tensor:
-        """(1 - g) local + g numerator / normaliser, (B, H, N, D), where there is a memory."""
-        gate = torch.sigmoid(self.gate.to(numerator.dtype)).view(-1, 1, 1) * remembers
-        output = local * (1 - gate) + numerator * (gate / normaliser.clamp_min(FLOOR))
-        return output.to(local.dtype)
 
 
 def _accurate(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-class _Phi(torch.autograd.Function):
-    """elu(x) + 1, of which only the result is kept: its slope is the result where that is below 1, and 1 elsewhere."""
-
-    @staticmethod
-    def forward(ctx, x):
-        phi = elu(x).add_(1)
-        ctx.save_for_backward(phi)
-        return phi
-
-    @staticmethod
-    def backward(ctx, grad):
-        (phi,) = ctx.saved_tensors
-        return phi.clamp_max(1).mul_(grad)
-
-
-def _phi(x: Tensor) -> Tensor:
-    return _Phi.apply(x.to(_accurate(x)))
-
-
-def _written(phi: Tensor, value: Tensor) -> Tensor:
-    """What phi and value (..., b, D) add to a memory, (..., D, D + 1)."""
-    return torch.cat([phi.mT @ value, phi.sum(-2)[..., None]], -1)
-
-
-def _read(query: Tensor, memories: Tensor) -> list[Tensor]:
-    """
-    query (B, H, L T, D), memories (B, G, L, D, D + 1), T queries read each memory -> phi A (B, H, L T, D) and phi z
-    (B, H, L T, 1).
-    """
-    groups, count = memories.shape[1:3]
-    heads = query.shape[1]
-    phi = _phi(query).unflatten(2, (count, -1)).unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
-    reads = (phi @ memories).split((query.shape[3], 1), -1)
-    return [x.unflatten(3, (heads // groups, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3) for x in reads]
