@@ -41,6 +41,7 @@ from ..ops import few
 from ..ops.codes import FEW, find_clusters, nearest_clusters
 from ..ops.exact import exact_attention
 from ..ops.largest import largest_products
+from ..ops.precision import first_order, without_autocast
 from ..ops.sorted_band import Intervals, interval_attention, interval_attention_and_lse
 from ..ops.summaries import segments_of
 from ..registry import get_config_class, register_variant
@@ -137,13 +138,13 @@ class ClusteredAttention(EfficientAttention):
         labels, codes, means = self._cluster(query[:, :, None], lengths)
         cluster, end = labels[:, :, 0], n if lengths is None else lengths
         read = Read(*self._read(means, key, value, end, 0, **options), codes)
-        output = _of_cluster(read.output, cluster)
         if self.config.improved:
             past = torch.as_tensor(end, device=key.device).view(-1, 1)
             own = interval_attention(query, key, value, [_of_top(read.top, cluster, past)], **options)
-            share = torch.sigmoid(_lse_of_top(means, key, read.top, end, options["scaling"]) - read.lse)
-            output = torch.lerp(output, own.to(output), _of_cluster(share[..., None], cluster))
-        output = output.to(query)
+            share = torch.sigmoid(read.lse - _lse_of_top(means, key, read.top, end, options["scaling"]))
+            output = _Blend.apply(own, read.output, cluster, _of_cluster(share[..., None], cluster))
+        else:
+            output = _of_cluster(read.output, cluster).to(query)
         if lengths is None:
             return output
         few = [x[:, :, :clusters] for x in (query, key, value)]
@@ -175,8 +176,7 @@ class ClusteredAttention(EfficientAttention):
                 rounds.append(_of_top(read.top, cluster, begin))
             output, lse = interval_attention_and_lse(query, *near, rounds, **options)
         share = torch.sigmoid(_of_cluster(read.lse[..., None], cluster) - lse[..., None])
-        far = _of_cluster(read.output, cluster)
-        return torch.lerp(output.to(far), far, share.to(far)).to(query)
+        return _Blend.apply(output, read.output, cluster, share)
 
     def _of_chunks(self, query, buffer: Buffer, lengths, state, **options) -> Read:
         """What there is for the queries of a call, by their chunks, from that of the first one on."""
@@ -225,7 +225,8 @@ class ClusteredAttention(EfficientAttention):
         real = torch.ones(1, n, device=device) if lengths is None else torch.arange(n, device=device) < lengths[:, None]
         real = real.to(torch.promote_types(query.dtype, torch.float32)).view(-1, 1, 1, n).expand(*shape, n).flatten()
         sums, counts = real.new_zeros(len(codes.flatten(0, 3)), size), real.new_zeros(len(codes.flatten(0, 3)))
-        sums, counts = sums.index_add(0, place, query.to(real).reshape(-1, size)), counts.index_add(0, place, real)
+        index, given = place[:, None].expand(-1, size), query.to(real).reshape(-1, size)
+        sums, counts = sums.scatter_add(0, index, given), counts.index_add(0, place, real)
         means = (sums / counts.clamp_min(1)[:, None]).view(*shape, clusters, size)
         codes[..., -1].masked_fill_(counts.view(*shape, clusters) == 0, ABSENT)
         return labels, codes, means
@@ -264,6 +265,32 @@ def _of_top(top: Tensor, cluster: Tensor, past: Tensor) -> Intervals:
     """
     most, low = top.shape[4], cluster * top.shape[4]
     return Intervals(top.flatten(2), low, low + past[:, None].clamp_max(most))
+
+
+class _Blend(torch.autograd.Function):
+    """
+    The share (B, H, T, 1) of what the queries' clusters (B, H, T), numbers among I C, read, (B, H, I, C, D), and for the rest
+    their own, (B, H, T, D): what queries of a cluster have in common is spread over them for no longer than needed.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx, own, read, cluster, share):
+        ctx.save_for_backward(own, read, cluster, share)
+        far = _of_cluster(read, cluster)
+        return torch.lerp(own.to(far), far, share.to(far)).to(own)
+
+    @staticmethod
+    @first_order
+    @without_autocast
+    def backward(ctx, grad):
+        own, read, cluster, share = ctx.saved_tensors
+        far = _of_cluster(read, cluster)
+        grad = grad.to(far)
+        of_share = (far.sub_(own) * grad).sum(-1, keepdim=True)
+        of_read = torch.zeros_like(read).flatten(2, 3)
+        of_read.scatter_add_(2, cluster[..., None].expand_as(far), torch.mul(grad, share, out=far))
+        return (grad - far).to(own), of_read.view(read.shape), None, of_share.to(share)
 
 
 def _of_cluster(x: Tensor, cluster: Tensor) -> Tensor:
