@@ -175,3 +175,14 @@ def test_planes_come_from_the_seed_and_the_layer():
     assert not torch.equal(first, make(True, seed=1).planes)
     assert not torch.equal(first, make(True, layer=1).planes)
     assert torch.equal(first, first.bfloat16().double())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_row_without_a_token_spoils_no_gradient(causal):
+    args = [x.requires_grad_() for x in inputs(12)]
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[1] = False
+    output = run(make(causal, num_clusters=2, top_k=3, chunk_size=4), args, padding=padding)
+    for grad in torch.autograd.grad(output.sum(), args):
+        assert grad[0].abs().max() > 0
+        assert (grad[1] == 0).all()

@@ -207,3 +207,20 @@ def test_a_kernel_refuses_other_precisions() -> None:
     with pytest.raises(TypeError, match="bfloat16; it reads float32"):
         kernels.call(lambda *_: None, torch.ones(2, dtype=torch.bfloat16))
     kernels.call(lambda *_: None, torch.ones(2), torch.ones(2, dtype=torch.int64))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "config", [LshConfig(window=8), SlidingWindowConfig(window=20), PerformerConfig(num_features=32)]
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_threads_are_in_the_callers_mode(calls, monkeypatch, config, mode) -> None:
+    """Inference mode is of a thread; half precision is written back by the jobs."""
+    module = build(config, HostShape(6, 2, 32, 192, True)).bfloat16().eval()
+    given = [torch.randn(2, heads, 100, 32).bfloat16() for heads in (6, 2, 2)]
+    with mode():
+        want = module(*given, scaling=0.2, causal=True)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        calls.clear()
+        assert torch.equal(module(*given, scaling=0.2, causal=True), want)
+    assert calls

@@ -136,3 +136,15 @@ def test_keys_of_half_precision_are_centred_in_float32() -> None:
     found = _centred(key.half(), None)
     assert found.dtype is torch.float32 and torch.allclose(found, _centred(key.half().float(), None), atol=1e-5)
     assert key.half().sum(2).isinf().all(), "the sum fits: this tests nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_of_zeros_serve_as_keys_in_half_precision(dtype):
+    module = make(LshConfig(num_buckets=4, window=4, shared_qk=True)).to(dtype)
+    query, key, value = (x.to(dtype).requires_grad_() for x in tensors(1, 20))
+    padding = torch.arange(20)[None] < 15
+    output = module(query, key, value, padding=padding, scaling=1.0, causal=False)
+    assert output.isfinite().all()
+    for grad in torch.autograd.grad(output.float().sum(), (query, value)):
+        assert grad.isfinite().all()
+        assert grad.abs().max() > 0

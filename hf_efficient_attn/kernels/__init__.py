@@ -104,13 +104,18 @@ def call(function: Any, *arguments: torch.Tensor | int | float | None) -> None:
 
 
 def in_parallel(job: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """job(item) for all items, on as many threads as PyTorch uses."""
-    threads = torch.get_num_threads()
+    """job(item) for all items, on as many threads as PyTorch uses, in the modes of this one."""
+    threads, graded, inferring = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def elsewhere(item: Any) -> None:
+        with torch.inference_mode(inferring), torch.set_grad_enabled(graded):
+            job(item)
+
     if threads == 1:
         for item in items:
             job(item)
     else:
-        list(_pool(threads).map(job, items))
+        list(_pool(threads).map(elsewhere, items))
 
 
 def for_each_head(job: Callable[[int, int], None], batch: int, heads: int) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import kernels
 from .tiles import largest_places
 
 SCORES = 2**18  # products that exist at one time
+MANY = 128  # picks up to which the kernel, which keeps them in a list, is faster than sorting
 
 
 @torch.no_grad()
@@ -26,9 +26,9 @@ def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Te
     ends = ends.expand(batch, -1)
     if picks == 0:
         return ends.new_zeros(batch, heads, rows, 0)
-    if size and (library := kernels.serving("largest", query)) is not None:
+    if size > 0 and picks <= MANY and (library := kernels.serving("largest", query)) is not None:
         return _by_kernel(library, query, key, ends, picks)
-    grouped, chosen = query.unflatten(1, (groups, -1)), []
+    grouped, chosen = query.unflatten(1, (groups, -1)), ends.new_zeros(batch, heads, rows, picks)
     key, slot, most = key.to(query.dtype), torch.arange(size, device=key.device), min(picks, size)
     for piece in torch.arange(rows).split(max(1, SCORES // max(1, batch * heads * size))):
         part = slice(int(piece[0]), int(piece[-1]) + 1)
@@ -36,9 +36,9 @@ def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Te
         scores = scores.view(batch, heads, -1, size).to(torch.float32)
         hidden = (slot >= ends[:, part, None])[:, None]
         places = largest_places(scores.masked_fill_(hidden, float("-inf")), most)
-        chosen.append(torch.where(places < ends[:, None, part, None], places, size).sort(-1).values)
-    chosen = pad(torch.cat(chosen, 2), (0, picks - most))
-    return chosen.masked_fill_(chosen == size, 0)
+        places = torch.where(places < ends[:, None, part, None], places, size).sort(-1).values
+        chosen[:, :, part, :most] = places.masked_fill_(places == size, 0)
+    return chosen
 
 
 def _by_kernel(library, query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Tensor:

@@ -41,7 +41,7 @@ class Intervals:
     """
     One order of the keys of each head, and what every query reads of it. order: (B, U, E) int64, the key at each rank.
     low, high: (B, H, N) int64, ranks low..high-1, which ascend together: of two queries one has neither bound above the
-    other's. An order that lists a key twice can only be the last of several.
+    other's. Of several orders all but the last are of the G key/value heads and list every key once.
     """
 
     order: Tensor

@@ -141,7 +141,7 @@ class ClusteredAttention(EfficientAttention):
         if self.config.improved:
             past = torch.as_tensor(end, device=key.device).view(-1, 1)
             own = interval_attention(query, key, value, [_of_top(read.top, cluster, past)], **options)
-            share = torch.sigmoid(read.lse - _lse_of_top(means, key, read.top, end, options["scaling"]))
+            share = _share(read.lse, _lse_of_top(means, key, read.top, end, options["scaling"]))
             output = _Blend.apply(own, read.output, cluster, _of_cluster(share[..., None], cluster))
         else:
             output = _of_cluster(read.output, cluster).to(query)
@@ -175,7 +175,7 @@ class ClusteredAttention(EfficientAttention):
             if self.config.improved:
                 rounds.append(_of_top(read.top, cluster, begin))
             output, lse = interval_attention_and_lse(query, *near, rounds, **options)
-        share = torch.sigmoid(_of_cluster(read.lse[..., None], cluster) - lse[..., None])
+        share = _share(_of_cluster(read.lse[..., None], cluster), lse[..., None])
         return _Blend.apply(output, read.output, cluster, share)
 
     def _of_chunks(self, query, buffer: Buffer, lengths, state, **options) -> Read:
@@ -265,6 +265,11 @@ def _of_top(top: Tensor, cluster: Tensor, past: Tensor) -> Intervals:
     """
     most, low = top.shape[4], cluster * top.shape[4]
     return Intervals(top.flatten(2), low, low + past[:, None].clamp_max(most))
+
+
+def _share(far: Tensor, near: Tensor) -> Tensor:
+    """The share of what is far, of log-sum-exps; 0 where there is nothing in either, as in a row without a token."""
+    return torch.sigmoid(far - near.masked_fill(near == float("-inf"), 0))
 
 
 class _Blend(torch.autograd.Function):

@@ -163,7 +163,8 @@ class LshAttention(EfficientAttention):
         return torch.stack(labels, 3)
 
     def _reformer(self, query, value, *, lengths, scaling, dropout) -> Tensor:
-        key, labels = normalize(query, dim=-1), self._hash(query)
+        accurate = query.to(torch.promote_types(query.dtype, torch.float32))  # in half precision a length may be 0
+        key, labels = normalize(accurate, dim=-1).to(query), self._hash(query)
         value = value.repeat_interleave(self.host.group_size, 1)  # of each query head, as its keys
         return _chunks(query, key, value, labels, self.config, lengths, scaling=scaling, dropout=dropout)
 
