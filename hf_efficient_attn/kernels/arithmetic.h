@@ -137,3 +137,24 @@ static void scatter(const float *x, long m, long dim, float *out) {
             for (long u = 0; u < W && i + u < m; u++) *(vec *)(out + (i + u) * dim + p) = square[u];
         }
 }
+
+/*
+ * Logits s (n, T) of `wide` queries side by side, -inf where one sees nothing, to weights relative to their largest so far, `top`,
+ * in place; what there is, sum and ot (dim, T), is brought to it, and sum gets theirs.
+ */
+INLINE void online_softmax(float *s, long n, long wide, long dim, vec *top, vec *sum, float *ot) {
+    for (long i = 0; i < wide / W; i++) {
+        vec high = top[i], weight = {0};
+        for (long j = 0; j < n; j++) high = larger(high, *(vec *)(s + j * T + i * W));
+        vec reference = larger(high, (vec){0} - 1e30f); /* finite where nothing is seen */
+        vec factor = exponential(top[i] - reference);
+        for (long j = 0; j < n; j++) {
+            vec *at = (vec *)(s + j * T + i * W);
+            *at = exponential(*at - reference);
+            weight += *at;
+        }
+        sum[i] = sum[i] * factor + weight;
+        top[i] = high;
+        for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= factor;
+    }
+}

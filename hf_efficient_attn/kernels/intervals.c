@@ -141,8 +141,8 @@ static void hide(const Tile *t, const Orders *of, long r, long begin, long n, co
 }
 
 /* One block of keys, of order r or of the lead (r = -1), brought together: returns how many. */
-static long fetch(const Orders *of, long r, long begin, long end, const float *k, const float *v, long dim,
-                  int *slots, float *kb, float *vb) {
+static long fetch(const Orders *of, long r, long begin, long end, const float *k, const float *v, long dim, int *slots,
+                  float *kb, float *vb) {
     long n = end - begin < KEYS ? end - begin : KEYS;
     for (long j = 0; j < n; j++) {
         long at = slots[j] = r < 0 ? begin + j : of->order[of->begins[r] + begin + j];
@@ -165,8 +165,8 @@ static void join(const vec *logit, const float *value, long wide, long dim, vec 
 }
 
 /* The rows' own keys and values, turned, and their logits. */
-static void turn_own(const Tile *t, const float *k, const float *v, long dim, const float *qt,
-                     float *kt, float *vt, vec *logit) {
+static void turn_own(const Tile *t, const float *k, const float *v, long dim, const float *qt, float *kt, float *vt,
+                     vec *logit) {
     const float *keys[T], *values[T];
     for (long i = 0; i < t->wide; i++) {
         long own = t->own[i / W][i % W];
@@ -208,26 +208,13 @@ void intervals_forward(const float *q, const float *k, const float *v, const int
                 turn_rows((const float *const *)to, t.wide, dim, 1.0f, ot);
             else
                 for (long i = 0; i < dim * T; i++) ot[i] = 0;
-            for (long from = r ? r : -1; from <= r; from++) /* the lead comes before the first order */
-                for (long begin = from < 0 ? 0 : t.begin, end = from < 0 ? t.first : t.end; begin < end; begin += KEYS) {
+            for (long part = r ? r : -1; part <= r; part++) /* the lead comes before the first order */
+                for (long begin = part < 0 ? 0 : t.begin, end = part < 0 ? t.first : t.end; begin < end; begin += KEYS) {
                     int slots[KEYS];
-                    long n = fetch(&of, from, begin, end, k, v, dim, slots, kb, vb);
+                    long n = fetch(&of, part, begin, end, k, v, dim, slots, kb, vb);
                     product(n, t.wide, dim, kb, dim, 1, qt, T, s, T, 0);
-                    hide(&t, &of, from, begin, n, slots, s);
-                    for (long i = 0; i < t.wide / W; i++) {
-                        vec high = top[i], weight = {0};
-                        for (long j = 0; j < n; j++) high = larger(high, *(vec *)(s + j * T + i * W));
-                        vec reference = larger(high, (vec){0} - 1e30f); /* finite where nothing is seen */
-                        vec factor = exponential(top[i] - reference);
-                        for (long j = 0; j < n; j++) {
-                            vec *at = (vec *)(s + j * T + i * W);
-                            *at = exponential(*at - reference);
-                            weight += *at;
-                        }
-                        sum[i] = sum[i] * factor + weight;
-                        top[i] = high;
-                        for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= factor;
-                    }
+                    hide(&t, &of, part, begin, n, slots, s);
+                    online_softmax(s, n, t.wide, dim, top, sum, ot);
                     product(dim, t.wide, n, vb, 1, dim, s, T, ot, T, 1);
                 }
             if (own && !r) {
@@ -278,12 +265,12 @@ void intervals_backward(const float *q, const float *k, const float *v, const in
             }
             turn_rows(asked, t.wide, dim, scaling, qt), turn_rows(given, t.wide, dim, 1.0f, gt);
             for (long i = 0; i < dim * T; i++) dqt[i] = 0;
-            for (long from = r ? r : -1; from <= r; from++)
-                for (long begin = from < 0 ? 0 : t.begin, end = from < 0 ? t.first : t.end; begin < end; begin += KEYS) {
+            for (long part = r ? r : -1; part <= r; part++)
+                for (long begin = part < 0 ? 0 : t.begin, end = part < 0 ? t.first : t.end; begin < end; begin += KEYS) {
                     int slots[KEYS];
-                    long n = fetch(&of, from, begin, end, k, v, dim, slots, kb, vb);
+                    long n = fetch(&of, part, begin, end, k, v, dim, slots, kb, vb);
                     product(n, t.wide, dim, kb, dim, 1, qt, T, s, T, 0);
-                    hide(&t, &of, from, begin, n, slots, s);
+                    hide(&t, &of, part, begin, n, slots, s);
                     product(n, t.wide, dim, vb, dim, 1, gt, T, d, T, 0);
                     for (long j = 0; j < n; j++)
                         for (long i = 0; i < t.wide / W; i++) {

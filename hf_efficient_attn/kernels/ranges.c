@@ -71,20 +71,7 @@ void ranges_forward(const float *q, long sq, const float *k, long sk, const floa
             for (long begin = r->begin; begin < r->end; begin += KEYS) {
                 long n = r->end - begin < KEYS ? r->end - begin : KEYS;
                 logits(r, begin, n, wide, dim, qt, s);
-                for (long i = 0; i < wide / W; i++) {
-                    vec high = top[i], weight = {0};
-                    for (long j = 0; j < n; j++) high = larger(high, *(vec *)(s + j * T + i * W));
-                    vec reference = larger(high, (vec){0} - 1e30f); /* finite where nothing is seen */
-                    vec factor = exponential(top[i] - reference);
-                    for (long j = 0; j < n; j++) {
-                        vec *at = (vec *)(s + j * T + i * W);
-                        *at = exponential(*at - reference);
-                        weight += *at;
-                    }
-                    sum[i] = sum[i] * factor + weight;
-                    top[i] = high;
-                    for (long p = 0; p < dim; p++) *(vec *)(ot + p * T + i * W) *= factor;
-                }
+                online_softmax(s, n, wide, dim, top, sum, ot);
                 product(dim, wide, n, r->value + begin * r->vs, 1, r->vs, s, T, ot, T, 1);
             }
         for (long i = 0; i < wide / W; i++) {

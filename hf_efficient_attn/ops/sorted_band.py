@@ -63,9 +63,7 @@ class Intervals:
         return pad(ranks.masked_fill(slots < 0, -1).flatten(0, 2), (0, 0, 0, 1), value=-1)
 
     def flat(self, groups: int, size: int) -> Intervals:
-        """
-        The same with one order (B U E,) of all, of places in the flattened (B, G, S), and ranks in it.
-        """
+        """The same with one order (B U E,) of all, of places in the flattened (B, G, S), and ranks in it."""
         batch, heads, entries = self.order.shape
         row = torch.arange(batch * heads, device=self.order.device).view(batch, heads, 1)
         order = (self.order + row // (heads // groups) * size).flatten()
