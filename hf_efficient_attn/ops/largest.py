@@ -13,7 +13,7 @@ from .. import kernels
 from .tiles import largest_places
 
 SCORES = 2**18  # products that exist at one time
-MANY = 128  # picks up to which the kernel, which keeps them in a list, is faster than sorting
+ROWS = 48  # queries whose products the kernel holds at one time
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Te
     ends = ends.expand(batch, -1)
     if picks == 0:
         return ends.new_zeros(batch, heads, rows, 0)
-    if size > 0 and picks <= MANY and (library := kernels.serving("largest", query)) is not None:
+    if size > 0 and (library := kernels.serving("largest", query)) is not None:
         return _by_kernel(library, query, key, ends, picks)
     grouped, chosen = query.unflatten(1, (groups, -1)), ends.new_zeros(batch, heads, rows, picks)
     key, slot, most = key.to(query.dtype), torch.arange(size, device=key.device), min(picks, size)
@@ -43,14 +43,13 @@ def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Te
 
 def _by_kernel(library, query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Tensor:
     (batch, heads, rows, dim), groups = query.shape, key.shape[1]
-    chosen, room = torch.empty(batch, heads, rows, picks, dtype=torch.int64), -(-picks // kernels.LANES) * kernels.LANES
-    ends = ends.contiguous()
+    chosen, ends = torch.empty(batch, heads, rows, picks, dtype=torch.int64), ends.contiguous()
+    room = -(-key.shape[2] // kernels.LANES) * kernels.LANES
 
     def job(b: int, h: int) -> None:
         given = (x.float().contiguous() for x in (query[b, h], key[b, h * groups // heads]))
-        held = torch.empty(rows, room), torch.empty(rows, room, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-        least = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-        kernels.call(library.largest_products, *given, ends[b], rows, dim, picks, room, *held, *least, chosen[b, h])
+        scores = torch.empty(min(rows, ROWS), room)
+        kernels.call(library.largest_products, *given, ends[b], rows, dim, picks, room, scores, chosen[b, h])
 
     kernels.for_each_head(job, batch, heads)
     return chosen

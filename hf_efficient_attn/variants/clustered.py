@@ -141,7 +141,11 @@ class ClusteredAttention(EfficientAttention):
         if self.config.improved:
             past = torch.as_tensor(end, device=key.device).view(-1, 1)
             own = interval_attention(query, key, value, [_of_top(read.top, cluster, past)], **options)
-            share = _share(read.lse, _lse_of_top(means, key, read.top, end, options["scaling"]))
+            every = torch.arange(clusters, device=key.device).expand(*query.shape[:2], -1)
+            top = [_of_top(read.top, every, past)]  # what each mean itself gives the keys that its queries read instead
+            given = key.to(means.dtype), value.to(means.dtype)
+            _, lse = interval_attention_and_lse(means[:, :, 0], *given, top, scaling=options["scaling"], tile=1)
+            share = _share(read.lse, lse[:, :, None])
             output = _Blend.apply(own, read.output, cluster, _of_cluster(share[..., None], cluster))
         else:
             output = _of_cluster(read.output, cluster).to(query)
@@ -245,17 +249,6 @@ class ClusteredAttention(EfficientAttention):
         rounds, apart = [Intervals(order, torch.zeros_like(high), high)], top if self.config.improved else None
         output, lse = interval_attention_and_lse(means, key, value, rounds, apart=apart, **options)
         return tuple(x.unflatten(2, (chunks, clusters)) for x in (output, lse, top))
-
-
-def _lse_of_top(means: Tensor, key: Tensor, top: Tensor, end: Count, scaling: float) -> Tensor:
-    """The log-sum-exp (B, H, I, C) of the logits of means (B, H, I, C, D) with the keys in top (B, H, I, C, K)."""
-    (batch, heads), (groups, size), most = top.shape[:2], key.shape[1:3], top.shape[4]
-    row = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1, 1)
-    places = (top + row // (heads // groups) * size).flatten()
-    keys = key.flatten(0, 2).index_select(0, places).view(*top.shape, -1).to(means.dtype)
-    logits = (keys @ means[..., None])[..., 0] * scaling
-    there = torch.arange(most, device=key.device) < torch.as_tensor(end, device=key.device).view(-1, 1)
-    return logits.masked_fill(~there[:, None, None, None], float("-inf")).logsumexp(-1)
 
 
 def _of_top(top: Tensor, cluster: Tensor, past: Tensor) -> Intervals:
