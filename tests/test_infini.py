@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_efficient_attn.ops import memory
 from hf_efficient_attn.registry import build
 from hf_efficient_attn.variant import HostShape
 from hf_efficient_attn.variants.infini import InfiniConfig
@@ -116,3 +117,19 @@ def test_large_inputs_stay_finite(rule):
 def test_an_encoder_has_no_delta_rule():
     with pytest.raises(ValueError, match="rule = 'plain' for encoders"):
         make(causal=False, rule="delta")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_some_segments_at_a_time(causal, monkeypatch):
+    """Forward and backward as at once, the last segment short, rows of two lengths."""
+    module, padding = make(causal, gate=0.5), torch.arange(30) < torch.tensor([30, 17])[:, None]
+    args, results, spans = [x.requires_grad_() for x in inputs(30)], [], []
+    for rows in (2**14, 40):
+        monkeypatch.setattr(memory, "ROWS", rows)
+        spans.append(len(list(memory._spans(args[0], 4))))
+        output = run(module, args, padding=padding)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [*args, module.gate])])
+    assert spans == [1, 8]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+        assert one.abs().max() > 0.01

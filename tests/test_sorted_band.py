@@ -157,6 +157,8 @@ def test_largest_products_are_found_by_sorting(by_kernel, calls, size, picks):
     ends = torch.randint(0, size + 1, (BATCH, 60), generator=g)
     got = run(by_kernel, largest_products, query, key, ends, picks)
     assert bool(calls) == by_kernel
+    beyond = torch.where(ends == size, 5 * size, ends)  # than there are keys
+    assert torch.equal(run(by_kernel, largest_products, query, key, beyond, picks), got)
     scores = query @ key.repeat_interleave(3, 1).mT
     for b, h, r in torch.cartesian_prod(torch.arange(BATCH), torch.arange(6), torch.arange(60)).tolist():
         best = torch.argsort(scores[b, h, r, : ends[b, r]], descending=True, stable=True)[:picks].sort().values.tolist()

@@ -32,8 +32,8 @@ static long find_least(const unsigned *x, long n, long picks, unsigned *mask, un
 
 /*
  * q (rows, dim), k (.., dim) -> top (rows, picks), ascending: of the keys before ends[i] those with the largest products
- * q_i . k, of equal ones the lower; where there are no more, 0 at the end. scores: 48 rows of `room` floats, the largest of
- * ends in whole vectors, for use in between.
+ * q_i . k, of equal ones the lower; where there are no more, 0 at the end. scores, for use in between: 48 rows, or fewer where
+ * there are, of `room` floats, in whole vectors no fewer than the largest of ends.
  */
 void largest_products(const float *q, const float *k, const long *ends, long rows, long dim, long picks, long room,
                       float *scores, long *top) {

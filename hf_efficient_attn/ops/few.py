@@ -41,7 +41,7 @@ def attend_blocks(
     begin = begin.repeat_interleave(query.shape[1] // begin.shape[1], 1).expand(*query.shape[:3], -1)
     end = torch.minimum(begin + size, position + 1)  # before `begin` where there is no block
     if has_kernel(query, key, value, dropout):
-        return _by_kernel(query, key, value, begin, end, size, scaling)
+        return _by_kernel(query, key, value, begin, end, begin.shape[3] * size, scaling)
     slots = begin[..., None] + torch.arange(size, device=key.device)
     return _copied(query, key, value, slots.flatten(3), (slots < end[..., None]).flatten(3), scaling, dropout)
 
@@ -55,19 +55,19 @@ def attend_slots(
     """
     slots, seen = (x.expand(*query.shape[:3], -1) for x in (slots, seen))
     if has_kernel(query, key, value, dropout):
-        return _by_kernel(query, key, value, slots, slots + seen, 1, scaling)
+        return _by_kernel(query, key, value, slots, slots + seen, slots.shape[3], scaling)
     return _copied(query, key, value, slots, seen, scaling, dropout)
 
 
 def attend_ranges(
-    query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, longest: int, *, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, most: int, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """
     query (B, H, N, D); key, value (B, G, S, D) -> (B, H, N, D) and the log-sum-exp (B, H, N) of its logits: a query sees, where
-    `has_kernel`, its ranges of slots, int64 (B, H, N, C) begin..end-1, of `longest` slots at most.
+    `has_kernel`, its ranges of slots, int64 (B, H, N, C) begin..end-1, of `most` slots in all at most.
     """
     lse = query.new_empty(query.shape[:3])
-    return _by_kernel(query, key, value, begin, end, longest, scaling, lse), lse
+    return _by_kernel(query, key, value, begin, end, most, scaling, lse), lse
 
 
 def recent_ranges(
@@ -94,20 +94,20 @@ def has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> boo
 
 
 def _by_kernel(
-    query, key, value, begin: Tensor, end: Tensor, size: int, scaling: float, lse: Tensor | None = None
+    query, key, value, begin: Tensor, end: Tensor, most: int, scaling: float, lse: Tensor | None = None
 ) -> Tensor:
     heads, n, dim = query.shape[1:]
     lines, count = len(query) * heads, begin.shape[3]
     query, key, value = query.contiguous(), kernels.readable(key), kernels.readable(value)
     begin, end = begin.contiguous(), end.contiguous()
     output, function = torch.empty_like(query), kernels.load("few").few_forward
-    sizes = heads, key.shape[1], n, count, count * size, dim, float(scaling)
+    sizes = heads, key.shape[1], n, count, most, dim, float(scaling)
 
     def job(lines: tuple[int, int]) -> None:
         given = query, key, *key.stride()[:3], value, *value.stride()[:3], begin, end
         kernels.call(function, *given, *lines, *sizes, output, lse)
 
-    pieces = max(1, min(torch.get_num_threads(), lines, lines * n * count * size * dim // ENOUGH))
+    pieces = max(1, min(torch.get_num_threads(), lines, lines * n * most * dim // ENOUGH))
     edges = pairwise(lines * i // pieces for i in range(pieces + 1))
     if pieces == 1:
         job(*edges)

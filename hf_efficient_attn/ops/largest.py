@@ -23,7 +23,7 @@ def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Te
     `picks` with the largest products with a query, of equal ones the lower; 0 at the end where there are fewer.
     """
     (batch, heads, rows, _), (groups, size) = query.shape, key.shape[1:3]
-    ends = ends.expand(batch, -1)
+    ends = ends.clamp_max(size).expand(batch, -1)
     if picks == 0:
         return ends.new_zeros(batch, heads, rows, 0)
     if size > 0 and (library := kernels.serving("largest", query)) is not None:

@@ -161,7 +161,8 @@ def past_attention(
     position = (column(offset) + torch.arange(n, device=query.device)).expand(query.shape[0], n)
     if n <= STEP and state is not None and has_few_kernel(query, key, value, dropout):
         ranges = recent_ranges(query_labels, key_labels, position, window, num_sinks)
-        return attend_ranges(query, key, value, *ranges, max(num_sinks, 1), scaling=scaling)[0]
+        most = key_labels.shape[3] * window + num_sinks + 1
+        return attend_ranges(query, key, value, *ranges, most, scaling=scaling)[0]
     if n <= STEP and state is not None:
         slots, seen = _recent(query_labels, key_labels, position, window, num_sinks)
         return attend_slots(query, key, value, slots, seen, **options)

@@ -174,7 +174,7 @@ class ClusteredAttention(EfficientAttention):
             top = _of_cluster(read.top, cluster)
             until = top + (torch.arange(self._top_k) < begin[:, None, :, None])
             ranges = (torch.cat([x[..., None], y], 3) for x, y in ((low, top), (high, until)))
-            output, lse = few.attend_ranges(query, *near, *ranges, b, scaling=options["scaling"])
+            output, lse = few.attend_ranges(query, *near, *ranges, b + self._top_k, scaling=options["scaling"])
         else:
             if self.config.improved:
                 rounds.append(_of_top(read.top, cluster, begin))

@@ -106,15 +106,11 @@ class InfiniAttention(EfficientAttention):
         b, n = self.config.segment_size, query.shape[2]
         if n <= b:
             return local
-        count = -(-n // b)
-        ends = lengths if lengths is not None or n % b == 0 else torch.full((len(query),), n, device=query.device)
-        query, key, value, local = (shift(x, 0, count * b) for x in (query, key, value, local))
-        with torch.autocast(query.device.type, enabled=False):
-            added = written(key, value, count, ends)
-            before = pad(added.cumsum(2), (0, 0, 0, 0, 1, -1))
-            after = pad(added.flip(2).cumsum(2), (0, 0, 0, 0, 1, -1)).flip(2)
+        added = written(key, value, b, lengths)
+        before = pad(added.cumsum(2), (0, 0, 0, 0, 1, -1))
+        after = pad(added.flip(2).cumsum(2), (0, 0, 0, 0, 1, -1)).flip(2)
         there = torch.ones(1, 1, dtype=torch.bool, device=query.device) if lengths is None else lengths[:, None] > b
-        return mixed(local, query, before + after, self.gate, there.expand(-1, count * b))[:, :, :n]
+        return mixed(local, query, before + after, self.gate, there.expand(-1, n), b)
 
     def _before(
         self,
@@ -144,10 +140,11 @@ class InfiniAttention(EfficientAttention):
                     state.entries["memory"] = memories[:, :, done]
                 else:
                     state.entries["memory"] = memories[torch.arange(len(done), device=done.device), :, done]
-        if begun > 1:  # in frames of whole segments
-            query, local = (shift(x, new, begun * b) for x in (query, local))
+        if begun > 1:  # from the begin of the first new token's segment on
+            query, local = (shift(x, new, end) for x in (query, local))
         position = column(count - (new if begun > 1 else 0)) + torch.arange(query.shape[2], device=query.device)
-        output = mixed(local, query, memories[:, :, :begun], self.gate, (position >= b).view(-1, query.shape[2]))
+        there = (position >= b).view(-1, query.shape[2])
+        output = mixed(local, query, memories[:, :, :begun], self.gate, there, b)
         return shift(output, -new, n) if begun > 1 else output
 
     def _write(self, stored: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
@@ -155,7 +152,7 @@ class InfiniAttention(EfficientAttention):
         if segments == 0:
             return stored[:, :, None]
         if self.config.rule == "plain":
-            return torch.cat([stored[:, :, None], written(key, value, segments)], 2).cumsum(2)
+            return torch.cat([stored[:, :, None], written(key, value, self.config.segment_size)], 2).cumsum(2)
         memories = [stored]
         for own, values in zip(key.chunk(segments, 2), value.to(stored.dtype).chunk(segments, 2), strict=True):
             phi, memory = features(own), memories[-1]
