@@ -239,6 +239,10 @@ def _dispatch(model: PreTrainedModel, outer: nn.Module) -> None:
     parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
     of_parts = {name: part.config._attn_implementation for name, part in parts.items()}
     model.set_attn_implementation(NAME)
+    for part in parts.values():  # Transformers 5.17 passes over copies of the model's config and marks others
+        if type(part.config) is type(model.config) and part.config._attn_implementation != NAME:
+            part.set_attn_implementation(NAME)
+        vars(part.config).pop("_attn_was_changed", None)
     stayed = [name for name, module in modules.items() if module.config._attn_implementation != NAME]
     if stayed:
         _set_implementations(parts, of_parts)
