@@ -151,8 +151,8 @@ class ClusteredAttention(EfficientAttention):
             output = _of_cluster(read.output, cluster).to(query)
         if lengths is None:
             return output
-        few = [x[:, :, :clusters] for x in (query, key, value)]
-        exact = exact_attention(*few, lengths=lengths.clamp_max(clusters), causal=False, **options)
+        short = [x[:, :, :clusters] for x in (query, key, value)]
+        exact = exact_attention(*short, lengths=lengths.clamp_max(clusters), causal=False, **options)
         return torch.where((lengths <= clusters)[:, None, None, None], pad(exact, (0, 0, 0, n - clusters)), output)
 
     def _decoder(self, query, key, value, lengths, state, **options) -> Tensor:
@@ -234,8 +234,6 @@ class ClusteredAttention(EfficientAttention):
         means = (sums / counts.clamp_min(1)[:, None]).view(*shape, clusters, size)
         codes[..., -1].masked_fill_(counts.view(*shape, clusters) == 0, ABSENT)
         return labels, codes, means
-
-    # What clusters read
 
     def _read(self, means, key, value, first: Count, step: int, **options) -> tuple[Tensor, Tensor, Tensor]:
         """The first three of `Read`. Chunk i of means (B, H, I, C, D) sees the keys (B, G, S, D) before first + i step."""
