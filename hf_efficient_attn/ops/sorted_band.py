@@ -236,28 +236,8 @@ def _recent(
     return best.to(torch.int64), best >= 0
 
 
-def interval_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rounds: list[Intervals],
-    *,
-    own: Tensor | None = None,
-    apart: Tensor | None = None,
-    lead: Tensor | None = None,
-    scaling: float,
-    dropout: float = 0.0,
-    tile: int = TILE,
-) -> Tensor:
-    """
-    Each query reads the union of its intervals, each key once, and what there is beside them; zeros where there is nothing.
-
-    query (B, H, N, D), key and value (B, G, S, D). own: (B, H, N) int64 or None, a slot that the query reads besides its
-    intervals, which then do not hold it; apart: (B, H, N, A) int64 or None, slots that it never reads in an interval of
-    orders that list every key; -1 where there is none. lead: (B or 1, N) int64 or None, how many of the first keys it reads
-    besides, which then are in no interval.
-    """
-    options = {"own": own, "apart": apart, "lead": lead, "scaling": scaling, "dropout": dropout, "tile": tile}
+def interval_attention(query: Tensor, key: Tensor, value: Tensor, rounds: list[Intervals], **options) -> Tensor:
+    """The output of `interval_attention_and_lse` alone."""
     return interval_attention_and_lse(query, key, value, rounds, **options)[0]
 
 
@@ -275,7 +255,14 @@ def interval_attention_and_lse(
     dropout: float = 0.0,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """As `interval_attention`, and the log-sum-exp (B, H, N) of each query's logits, -inf where it reads nothing."""
+    """
+    Each query reads the union of its intervals, each key once, and what there is beside them: query (B, H, N, D), key and value
+    (B, G, S, D) -> (B, H, N, D), and the log-sum-exp (B, H, N) of each query's logits; zeros and -inf where there is nothing.
+
+    own: (B, H, N) int64 or None, a slot that the query reads besides its intervals, which then do not hold it; apart: (B, H,
+    N, A) int64 or None, slots that it never reads in an interval of orders that list every key; -1 where there is none. lead:
+    (B or 1, N) int64 or None, how many of the first keys it reads besides, which then are in no interval.
+    """
     if has_kernel(query, dropout):
         orders = [(one.order, one.low, one.high) for one in rounds]
         return sorted_intervals(query, key, value, orders, own, apart, lead, scaling=scaling)

@@ -37,7 +37,7 @@ def sorted_intervals(
     """
     query (B, H, N, D), key and value (B, G, S, D) -> (B, H, N, D), and the log-sum-exp (B, H, N) of each query's logits, of
     float32; zeros and -inf for a query that reads nothing. orders: of each the keys (B, U, E) and of the queries (B, H, N) the
-    first rank that they read, and one past the last; own, apart and lead as for `sorted_band.interval_attention`.
+    first rank that they read, and one past the last; own, apart and lead as for `interval_attention_and_lse`.
     """
     orders = [[x.to(torch.int32).contiguous() for x in one] for one in orders]
     lead = lead if lead is None else lead[:, None].expand(query.shape[:3])
