@@ -40,6 +40,18 @@ class Node:
             elif isinstance(entry, Tensor):
                 self.entries[name] = function(entry)
 
+    def own(self) -> None:
+        """Copies every tensor that shows part of a larger one, all of which it would keep alive."""
+        for name, entry in self.entries.items():
+            if isinstance(entry, Node):
+                entry.own()
+            elif isinstance(entry, Tensor) and self.wastes(name, entry):
+                self.entries[name] = entry.clone()
+
+    def wastes(self, name: str, entry: Tensor) -> bool:
+        """Whether the tensor that is called so shows part of a larger one."""
+        return entry.untyped_storage().nbytes() > entry.nbytes
+
     def snapshot(self) -> dict:
         """The tree as plain dicts, sharing the tensors; `restore` puts it back."""
         return {n: (e, e.snapshot()) if isinstance(e, Node) else e for n, e in self.entries.items()}
@@ -171,6 +183,10 @@ class TokenStore(Node):
         self.rooms[name] = room
         return room.view
 
+    def wastes(self, name: str, entry: Tensor) -> bool:
+        room = self.rooms.get(name)
+        return (room is None or room.view is not entry) and super().wastes(name, entry)
+
     @property
     def nbytes(self) -> int:
         """With spare room."""
@@ -193,7 +209,7 @@ class TokenStore(Node):
                 if room is not None and room.view is entries[name]:
                     room.view = entries[name] = kept
                 else:
-                    entries[name] = kept.clone()  # a view would keep all of it alive
+                    entries[name] = kept
             entries["first"] = first + drop
             return
         drop = torch.as_tensor(position - first, device=entries["key"].device).clamp_min(0)
@@ -208,7 +224,8 @@ class TokenStore(Node):
         entries = self.entries
         if entries["key"] is None:
             return
-        entries.update(key=entries["key"][:, :, :position], value=entries["value"][:, :, :position])
+        if entries["key"].shape[2] > position:
+            entries.update(key=entries["key"][:, :, :position], value=entries["value"][:, :, :position])
         count = entries["count"]
         entries["count"] = min(count, position) if isinstance(count, int) else count.clamp_max(position)
 
@@ -360,6 +377,8 @@ class AttentionState(Node, CacheLayerMixin):
 
     def commit(self, real: Tensor | None, batch: int, length: int) -> None:
         """After a call's tokens were read: `real` (B, N) bool as the call gave it, or None where all are real."""
+        if not torch.compiler.is_compiling():
+            self.own()
         if real is None and self.real is None:
             self.count = self.count + length
             return

@@ -16,6 +16,7 @@ from naive import naive_attention
 from torch import Tensor
 
 from hf_efficient_attn import measuring
+from hf_efficient_attn.caching import Node
 from hf_efficient_attn.registry import build, get_info
 from hf_efficient_attn.variant import EfficientAttention, HostShape
 
@@ -337,6 +338,29 @@ def check_crop(subject: Subject) -> None:
             state.crop(-(6 - accepted))
             assert state.get_seq_length() == 17 + accepted
             close(step(state, 17 + accepted, 29, args), full[:, :, 17 + accepted :], 1e-4, f"crop to {accepted} of 6")
+
+
+def held(node: Node) -> dict[int, int]:
+    """The bytes of each stretch of memory that a state keeps alive, by its address."""
+    found = {}
+    for entry in node.entries.values():
+        if isinstance(entry, Node):
+            found |= held(entry)
+        elif isinstance(entry, Tensor):
+            found[entry.untyped_storage().data_ptr()] = entry.untyped_storage().nbytes()
+    return found
+
+
+@torch.no_grad()
+def check_kept_alive(subject: Subject) -> None:
+    if not subject.causal:
+        return
+
+    def after(state, end):
+        kept = sum(held(state).values())
+        assert kept <= state.nbytes, f"after {end} tokens {kept} bytes are kept alive, of which {state.nbytes} are used"
+
+    decode(subject.build(dtype=torch.float32), inputs(1, 100, dtype=torch.float32), (60,) + (1,) * 40, after=after)
 
 
 def check_state_size(subject: Subject) -> None:

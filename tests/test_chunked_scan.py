@@ -1,5 +1,7 @@
 """Linear attention by chunks is the explicit sum over keys: values, gradients, splits into calls, extreme features."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,6 +84,35 @@ def test_calls_continue_one_another_with_their_gradients():
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
     alone, _ = linear_attention(*[x[:, :, 30:] for x in args], features, causal=True)
     assert (alone - full[:, :, 30:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [0.5, 12.0])
+@pytest.mark.parametrize("kind", ["plain", "logarithmic", "weighted", "handed out"])
+def test_a_generated_token_is_read_as_many_are(kind, scale):
+    """Without gradients, by a pass of its own; the second row is padding now and then, also at the start."""
+    features, args = maps(kind == "logarithmic"), [x.detach() for x in inputs(23, scale)]
+    if kind == "handed out":
+        features = replace(features, floor=None)
+    logs = [s * torch.randn(2, GROUPS, 23, dtype=torch.float64).cumsum(2) for s in (-scale, scale)]
+    lengths = torch.stack([torch.ones(23, dtype=torch.int64), torch.tensor([0, 0, 0, *[1, 0, 1, 1] * 5])], 1)
+
+    def read(begin, end, real, sums):
+        part = [x[:, :, begin:end] for x in args]
+        weights = chunked_scan.Weights(*(x[:, :, begin:end] for x in logs)) if kind == "weighted" else None
+        return linear_attention(*part, features, causal=True, lengths=real, before=sums, weights=weights)
+
+    sums, many = None, None
+    for i in range(23):
+        with torch.no_grad():
+            got, sums = read(i, i + 1, lengths[i], sums)
+        want, many = read(i, i + 1, lengths[i], many)  # where there are gradients, the pass for many tokens
+        for ours, theirs in ((got, want), (sums.total, many.total)):
+            torch.testing.assert_close(ours, theirs, atol=1e-12 * theirs.abs().max().item(), rtol=1e-9)
+        assert (sums.top == many.top).all()
+    with torch.no_grad():
+        full, _ = read(0, 23, None, None)
+    last = full[1, :, -1]
+    assert (last - got[1, :, -1]).abs().max() > 1e-3 * last.abs().max()  # what was padding counts there
 
 
 def test_a_later_key_of_enormous_weight_does_not_drown_earlier_queries():

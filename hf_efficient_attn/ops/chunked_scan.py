@@ -120,6 +120,8 @@ def linear_attention(
         logs = (None, None) if weights is None else (weights.query.to(accurate), weights.key.to(accurate))
         if weights is not None and lengths is not None:  # at padding, whose logarithms may be anything
             logs = logs[0], logs[1].masked_fill(padded(lengths, slice(0, query.shape[2]))[..., 0], NEVER)
+        if query.shape[2] == 1 and not torch.is_grad_enabled():
+            return _one_token(features, query, key, value, before, lengths, *logs)
         scan = FeatureScan if has_kernel(query, features) else _Causal
         output, total, top = scan.apply(features, lengths, *tensors, *logs, *features.params)
     else:
@@ -144,6 +146,36 @@ def read_past(
     """
     features = replace(features, floor=None)
     return linear_attention(query, key, value, features, causal=True, lengths=real, before=before)
+
+
+@without_autocast
+def _one_token(features: Features, query, key, value, before: Sums, lengths, log_q, log_k) -> tuple[Tensor, Sums]:
+    """What `_Causal` gives for a generated token, which needs no chunk and no gradient."""
+    (total, top), groups, now = (before.total, before.top), key.shape[1], slice(0, 1)
+    tokens = () if features.tokens is None else (features.tokens,)
+    phi_q, phi_k = (
+        f(x.to(top.dtype), *tokens, *features.params) for f, x in ((features.query, query), (features.key, key))
+    )
+    if lengths is not None:
+        phi_k = phi_k.masked_fill(padded(lengths, now), NEVER if features.logarithmic else 0.0)
+    value, reference = _with_one(value, now, top.dtype), None
+    if features.logarithmic or log_k is not None:
+        higher = torch.maximum(top, phi_k[:, :, 0] if features.logarithmic else log_k)
+        reference = finite(higher)
+        total, top = rescale(total, top, reference), higher
+    if features.logarithmic:
+        phi_q, phi_k = _exp_query(phi_q, reference, groups), _exp_key(phi_k, reference)
+    elif log_k is not None:
+        value.mul_((log_k - reference).exp_()[..., None])
+    total = torch.baddbmm(total.flatten(0, 1), phi_k.flatten(0, 1).mT, value.flatten(0, 1)).view_as(total)
+    read = _ungroup(_group(phi_q, groups) @ total, query.shape[1])
+    if features.floor is None:
+        return read, Sums(total, top)
+    if log_q is not None:
+        read = (read.unflatten(1, (groups, -1)) * (log_q + reference).exp_()[:, :, None, :, None]).flatten(1, 2)
+    output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
+    _divide(read, features.floor, output, normaliser)
+    return output, Sums(total, top)
 
 
 class _Causal(torch.autograd.Function):

@@ -39,8 +39,12 @@ class Window:
     end: Count
     sinks: int = 0
 
-    def mask(self, begin: int, size: int, device: torch.device) -> Tensor:
-        """(B or 1, 1, size, sinks + size + back + ahead) bool: what queries begin..begin+size-1 see."""
+    def mask(self, begin: int, size: int, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, size, sinks + size + back + ahead) bool: what queries begin..begin+size-1 see; None where all is seen."""
+        if size == 1 and isinstance(self.first, int) and isinstance(self.end, int):
+            first = self.first + begin
+            if first >= self.sinks and first + self.back + self.ahead < self.end:
+                return None
         first, end = (torch.as_tensor(x, device=device).reshape(-1, 1, 1) for x in (self.first, self.end))
         i, j = (torch.arange(n, device=device) for n in (size, size + self.back + self.ahead))
         position, offset = first + begin + j, j - i[:, None]
@@ -143,7 +147,8 @@ class _Tile:
         query = _by_group(query[:, :, begin : begin + tile].to(dtype) * scaling, groups)
         weights = torch.bmm(query, key.mT)
         mask = window.mask(begin, tile, key.device)
-        weights.view(batch, -1, tile, key.shape[1]).masked_fill_(~mask, float("-inf"))
+        if mask is not None:
+            weights.view(batch, -1, tile, key.shape[1]).masked_fill_(~mask, float("-inf"))
         largest = weights.amax(-1, keepdim=True)
         weights.sub_(largest.masked_fill_(largest == float("-inf"), 0)).exp_()
         return _Tile(query, key, pad(value, (0, 1), value=1.0), weights)

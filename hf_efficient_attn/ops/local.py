@@ -311,7 +311,7 @@ def remember(
     recent.keep_from(pattern.needed_from(recent.count), pattern.stored)
     if sinks.entries["key"] is None or not isinstance(sinks.count, int) or sinks.count < num_sinks:
         some = None if lengths is None else lengths.clamp_max(num_sinks)
-        sinks.extend(key[:, :, :num_sinks].clone(), value[:, :, :num_sinks].clone(), some)
+        sinks.extend(key[:, :, :num_sinks], value[:, :, :num_sinks], some)
         sinks.keep_until(num_sinks)
     context = Context(buffer.key, buffer.value, buffer.first, buffer.new, sinks.entries["key"], sinks.entries["value"])
     if detach:

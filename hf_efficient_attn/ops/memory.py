@@ -30,7 +30,7 @@ def written(key: Tensor, value: Tensor, size: int, lengths: Tensor | None = None
     What each segment of `size` tokens of key and value (B, G, N, D) adds to a memory, (B, G, L, D, D + 1); of row i the first
     lengths[i] tokens. The last segment may be short.
     """
-    return _Written.apply(key, value, size, lengths)
+    return _Written.apply(key, value, _needed(size, key), lengths)
 
 
 def mixed(local: Tensor, query: Tensor, memories: Tensor, gate: Tensor, there: Tensor, size: int) -> Tensor:
@@ -38,7 +38,12 @@ def mixed(local: Tensor, query: Tensor, memories: Tensor, gate: Tensor, there: T
     (1 - g) local + g phi(q) A / (phi(q) z), (B, H, N, D), where `there`, bool (B or 1, N), else local: of local and query (B,
     H, N, D), whose segment i of `size` tokens reads memory i, and g = sigmoid(gate), (H,). The last segment may be short.
     """
-    return _Mixed.apply(local, query, memories, gate, there, size)
+    return _Mixed.apply(local, query, memories, gate, there, _needed(size, query))
+
+
+def _needed(size: int, x: Tensor) -> int:
+    """A segment's size where x (B, H, N, D) has no whole one: a generated token is not filled up to it."""
+    return max(1, min(size, x.shape[2]))
 
 
 def features(x: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Of an autograd.Function's forward or backward: autocast is off inside, on the device of its first tensor."""
+    """Autocast is off inside, on the device of the first tensor; also for an autograd.Function's forward or backward."""
 
     @wraps(function)
-    def run(ctx, *args):
+    def run(*args):
         device = next((x.device.type for x in args if isinstance(x, Tensor)), "cpu")  # no gradient may have arrived
         with torch.autocast(device, enabled=False):
-            return function(ctx, *args)
+            return function(*args)
 
     return run
 

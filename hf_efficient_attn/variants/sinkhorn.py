@@ -412,7 +412,7 @@ def _behind(old: Tensor, new: Tensor, begun: Tensor) -> Tensor:
 
 
 def _block(x: Tensor, number: Count) -> Tensor:
-    """(B, G, n, b, D) -> (B, G, 1, b, D): each row's block `number` (int or (B,)), in memory of its own."""
+    """(B, G, n, b, D) -> (B, G, 1, b, D): each row's block `number` (int or (B,))."""
     if isinstance(number, int):
-        return x[:, :, number, None].clone()
+        return x[:, :, number, None]
     return take(x.flatten(3), number.clamp_min(0)[:, None]).unflatten(3, x.shape[3:])
