@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,6 +36,7 @@ from .variant import EfficientLayer
 
 Layers = str | int | Iterable[int] | None
 Choice = str | VariantConfig | Mapping[str, Any]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a variant may compute in
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def plan(model: PreTrainedModel, choices: Mapping[Any, Choice | list[Choice]]) -
     for kind, places in hosts.items():
         for index, number in enumerate(sorted(n for k, n in chosen if k == kind)):
             host = replace(places[number], shape=replace(places[number].shape, patched_index=index))
-            swaps.append(Swap(host, _build(chosen[kind, number], host)))
+            swaps.append(Swap(host, _build(model, chosen[kind, number], host)))
     for numbers, config in entries:
         module_class = get_info(config.name).module_class
         modules = [s.variant for s in swaps if s.host.shape.layer in numbers and s.variant.kind == module_class.kind]
@@ -166,7 +168,7 @@ def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _build(config: VariantConfig, host: Host | FeedForward) -> EfficientLayer:
+def _build(model: PreTrainedModel, config: VariantConfig, host: Host | FeedForward) -> EfficientLayer:
     layer = f"{get_info(config.name).kind} layer {host.shape.layer}"
     if isinstance(host, Host) and (reason := refusal(host)) is not None:
         raise ValueError(
@@ -183,12 +185,13 @@ def _build(config: VariantConfig, host: Host | FeedForward) -> EfficientLayer:
             f"{config.name!r}, which reads it."
         )
     parts = [host.module] if isinstance(host, Host) else list(host.maps.values())
-    weight = next((p for part in parts for p in part.parameters() if p.is_floating_point()), None)
-    if weight is not None:
+    weights = [x for part in parts for x in (*part.parameters(), *part.buffers())]
+    if weights:
         hooked = any(hasattr(module, "_hf_hook") for part in parts for module in part.modules())
-        if weight.device.type == "meta" and hooked:
+        if weights[0].device.type == "meta" and hooked:
             raise ValueError(f"{layer} is offloaded; patch the model before its weights are.")
-        variant = variant.to(device=weight.device, dtype=weight.dtype)
+        dtype = next((x.dtype for x in weights if x.dtype in FLOATS), model.dtype)  # quantised layers may have none
+        variant = variant.to(device=weights[0].device, dtype=dtype)
     if isinstance(host, FeedForward):
         variant.take_over(host.maps)
     return variant.train(host.module.training)

@@ -32,7 +32,7 @@ def objective(x, centroids):
 
 
 def test_labels_and_sums_are_those_of_a_loop():
-    x, centroids = torch.randn(3, 4, 11, SIZE), draw_centroids(GROUPS, CLUSTERS, SIZE, 1)
+    x, centroids = torch.randn(3, 4, 11, SIZE), draw_centroids(GROUPS, CLUSTERS, SIZE, 1, 0)
     lengths = torch.tensor([11, 4, 1])
     labels, cosine = nearest(x, centroids)
     sums, counts = cluster_sums(x, labels, CLUSTERS, GROUPS, lengths)
@@ -63,7 +63,7 @@ def test_equally_near_centroids_and_empty_clusters():
 
 
 def test_centroids_keep_moving_in_half_precision():
-    centroids = draw_centroids(1, 2, SIZE, 0).bfloat16()
+    centroids = draw_centroids(1, 2, SIZE, 0, 0).bfloat16()
     target = normalize(torch.randn(1, 2, SIZE), dim=-1)
     start = centroids.float()
     for _ in range(300):

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
 from zoo import END, TASKS, USUAL_TASK, ZOO, Tiny
 
 import hf_efficient_attn as hea
-from hf_efficient_attn import patch_model, unpatch_model
+from hf_efficient_attn import HostShape, patch_model, unpatch_model
+from hf_efficient_attn.registry import build, get_config_class
 
 HEADS = {
     "bert": (
@@ -172,13 +174,34 @@ def test_saved_in_shards(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_loaded_in_half_precision(dtype: torch.dtype, tmp_path: Path):
-    directory, expected = saved(tmp_path)
-    half = AutoModelForMaskedLM.from_pretrained(directory, dtype=dtype)
+@pytest.mark.parametrize("variant", hea.available_variants())
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_loaded_in_half_precision(name: str, variant: str, dtype: torch.dtype, tmp_path: Path):
+    tiny, inputs = ZOO[name], ZOO[name].inputs()
+    model = patch_model(tiny.build(), get_config_class(variant).tiny(tiny.kind == "decoder"))
+    model.save_pretrained(tmp_path)
+    half = getattr(transformers, TASKS[USUAL_TASK[tiny.kind]]).from_pretrained(tmp_path, dtype=dtype)
     assert {p.dtype for p in half.parameters()} == {dtype}
-    result = output(half, ZOO["bert"].inputs())
-    assert result.dtype == dtype
-    assert (result.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert torch.get_default_dtype() == torch.float32
+    exact = output(model, inputs)
+    cast = output(model.to(dtype), inputs)
+    assert torch.equal(output(half, inputs), cast)
+    assert not torch.equal(cast.float(), exact)
+
+
+def test_draws_are_those_of_a_seed_whatever_the_default_dtype():
+    """While a model is built in half precision, new tensors are of that."""
+    for variant in ("performer", "rfa", "lsh", "clustered", "routing", "long_short", "perceiver", "mixture_of_heads"):
+        config, host = get_config_class(variant).tiny(True), HostShape(4, 2, 16, 64, True, layer=3)
+        expected = build(config, host).bfloat16().state_dict()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            drawn = build(config, host).state_dict()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(x, expected[key]) and x.dtype == torch.bfloat16 for key, x in drawn.items()), variant
+        other = build(config, replace(host, layer=4)).bfloat16().state_dict()
+        assert not all(torch.equal(x, expected[key]) for key, x in other.items()), variant
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

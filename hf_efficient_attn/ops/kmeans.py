@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .draws import normal, source
+
 TINY = 1e-12  # the least length that a vector is divided by
 
 
-def draw_centroids(groups: int, clusters: int, size: int, seed: int) -> Tensor:
+def draw_centroids(groups: int, clusters: int, size: int, seed: int, layer: int) -> Tensor:
     """(G, C, D), uniform on the unit sphere; rounded to bfloat16, so that a cast of the model leaves them alone."""
-    generator = torch.Generator().manual_seed(seed)
-    return normalize(torch.randn(groups, clusters, size, generator=generator, device="cpu"), dim=-1).bfloat16().float()
+    return normalize(normal(source(seed, layer), groups, clusters, size), dim=-1).bfloat16().float()
 
 
 @torch.no_grad()

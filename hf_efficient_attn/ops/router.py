@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .draws import normal, source
+
 
 class Router(nn.Module):
     """
@@ -21,9 +23,8 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, choices: int, *, seed: int, layer: int, deviation: float = 0.02) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * layer)
-        start = torch.randn(choices, hidden_size, generator=generator, device=generator.device)
-        self.weight = nn.Parameter(deviation * start)
+        start = deviation * normal(source(seed, layer), choices, hidden_size)
+        self.weight = nn.Parameter(start.to(torch.get_default_dtype()))
 
     def forward(self, hidden: Tensor) -> Tensor:
         accurate = torch.promote_types(hidden.dtype, torch.float32)

@@ -94,8 +94,8 @@ class ClusterFormerAttention(EfficientAttention):
         super().__init__(config, host)
         self.clusters = not config.alternate or host.patched_index % 2 == 1
         if self.clusters:
-            seed = config.seed + 1_000_003 * host.layer
-            centroids = draw_centroids(host.num_kv_heads, config.num_clusters, host.head_dim, seed)
+            shape = host.num_kv_heads, config.num_clusters, host.head_dim
+            centroids = draw_centroids(*shape, config.seed, host.layer)
             self.register_buffer("centroids", centroids.to(torch.get_default_dtype()))
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:

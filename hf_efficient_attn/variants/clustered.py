@@ -39,6 +39,7 @@ from ..caching import Buffer, Count, Node, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops import few
 from ..ops.codes import FEW, find_clusters, nearest_clusters
+from ..ops.draws import normal, source
 from ..ops.exact import exact_attention
 from ..ops.largest import largest_products
 from ..ops.precision import first_order, without_autocast
@@ -119,8 +120,7 @@ class ClusteredAttention(EfficientAttention):
 
     def __init__(self, config: ClusteredConfig, host: HostShape) -> None:
         super().__init__(config, host)
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003 * host.layer)
-        planes = torch.randn(host.head_dim, config.bits, generator=generator, device="cpu").bfloat16().float()
+        planes = normal(source(config.seed, host.layer), host.head_dim, config.bits).bfloat16()
         self.register_buffer("planes", planes.to(torch.get_default_dtype()))
 
     @torch.compiler.disable

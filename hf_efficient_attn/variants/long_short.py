@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pad
 
 from ..config import EfficientAttentionConfig, option
+from ..ops.draws import normal, source
 from ..ops.exact import exact_attention
 from ..ops.joint import Part
 from ..ops.local import Horizon, horizon_encoder
@@ -90,9 +91,8 @@ class LongShortAttention(EfficientAttention):
 
     def __init__(self, config: LongShortConfig, host: HostShape) -> None:
         super().__init__(config, host)
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003 * host.layer)
-        shape = (host.num_kv_heads, host.head_dim, config.rank)
-        self.proj = nn.Parameter(torch.randn(shape, generator=generator) * host.head_dim**-0.5)
+        start = normal(source(config.seed, host.layer), host.num_kv_heads, host.head_dim, config.rank)
+        self.proj = nn.Parameter((start * host.head_dim**-0.5).to(torch.get_default_dtype()))
         if host.causal:
             self.slot_bias = nn.Parameter(torch.zeros(host.num_heads))
         if config.dual_norm:

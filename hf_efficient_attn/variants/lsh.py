@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..config import EfficientAttentionConfig, option
+from ..ops.draws import normal, source
 from ..ops.kmeans import largest
 from ..ops.sorted_band import Labels, interval_attention, near_attention, past_attention
 from ..registry import register_variant
@@ -115,9 +116,8 @@ class LshAttention(EfficientAttention):
 
     def __init__(self, config: LshConfig, host: HostShape) -> None:
         super().__init__(config, host)
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003 * host.layer)
         shape = host.num_kv_heads, config.num_hashes, host.head_dim + 2, config.num_buckets // 2
-        rotations = torch.randn(shape, generator=generator, device="cpu").bfloat16().float()
+        rotations = normal(source(config.seed, host.layer), *shape).bfloat16()
         self.register_buffer("rotations", rotations.to(torch.get_default_dtype()))
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import option
+from ..ops.draws import normal, source
 from ..ops.exact import exact_attention, sdpa
 from ..ops.summaries import SoftmaxPool, SummaryConfig, summary_decoder
 from ..registry import register_variant
@@ -78,9 +79,8 @@ class PerceiverAttention(EfficientAttention):
 
     def __init__(self, config: PerceiverConfig, host: HostShape) -> None:
         super().__init__(config, host)
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003 * host.layer)
-        shape = (host.num_kv_heads, config.num_latents, host.head_dim)
-        self.latents = nn.Parameter(torch.randn(shape, generator=generator))
+        start = normal(source(config.seed, host.layer), host.num_kv_heads, config.num_latents, host.head_dim)
+        self.latents = nn.Parameter(start.to(torch.get_default_dtype()))
         if host.causal:
             self.slot_bias = nn.Parameter(torch.zeros(host.num_heads))
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..caching import AttentionState
 from ..config import EfficientAttentionConfig, option
 from ..ops.chunked_scan import attend_linearly, stored_sums
+from ..ops.draws import normal, source
 from ..ops.exponentials import exponential_attention, has_kernel
 from ..ops.features import Features, project
 from ..registry import register_variant
@@ -86,13 +87,12 @@ class PerformerAttention(EfficientAttention):
     def draw(self, number: int) -> Tensor:
         """Set `number` of directions, (G, m, D) float32 on the CPU."""
         config, host = self.config, self.host
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003 * host.layer + 1_000_000_007 * number)
+        generator = source(config.seed, host.layer, number)
         blocks = -(-config.num_features // host.head_dim)
-        shape = (host.num_kv_heads, blocks, host.head_dim, host.head_dim)
-        q, r = torch.linalg.qr(torch.randn(shape, generator=generator, device="cpu"))
+        q, r = torch.linalg.qr(normal(generator, host.num_kv_heads, blocks, host.head_dim, host.head_dim))
         q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # without this the directions are not uniform
         directions = q.mT.flatten(1, 2)[:, : config.num_features]
-        norms = torch.randn(directions.shape, generator=generator, device="cpu").norm(dim=-1, keepdim=True)
+        norms = normal(generator, *directions.shape).norm(dim=-1, keepdim=True)
         return (directions * norms).bfloat16().float()
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:

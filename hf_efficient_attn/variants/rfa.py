@@ -29,6 +29,7 @@ from torch.nn.functional import logsigmoid, normalize
 from ..caching import column
 from ..config import EfficientAttentionConfig, option
 from ..ops.chunked_scan import Weights, attend_linearly
+from ..ops.draws import normal, source
 from ..ops.features import Features, project
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
@@ -69,15 +70,14 @@ class RfaAttention(EfficientAttention):
 
     def __init__(self, config: RfaConfig, host: HostShape) -> None:
         super().__init__(config, host)
-        generator = torch.Generator().manual_seed(config.seed + 1_000_003 * host.layer)
         shape = (host.num_kv_heads, config.num_features // 2, host.head_dim)
-        directions = torch.randn(shape, generator=generator, device="cpu")
+        directions = normal(source(config.seed, host.layer), *shape)
         self.register_buffer("directions", directions.bfloat16().to(torch.get_default_dtype()))
         self.log_scale = nn.Parameter(torch.zeros(host.num_kv_heads))
         if self.needs_hidden:
-            self.gate = nn.Linear(host.hidden_size, host.num_kv_heads)
-            nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, 6.0)
+            self.gate = nn.Module()  # no nn.Linear, which a quantiser of the model's maps would take for one of them
+            self.gate.weight = nn.Parameter(torch.zeros(host.num_kv_heads, host.hidden_size))
+            self.gate.bias = nn.Parameter(torch.full((host.num_kv_heads,), 6.0))
 
     @property
     def needs_hidden(self) -> bool:

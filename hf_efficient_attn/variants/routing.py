@@ -78,9 +78,8 @@ class RoutingAttention(EfficientAttention):
 
     def __init__(self, config: RoutingConfig, host: HostShape) -> None:
         super().__init__(config, host)
-        centroids = draw_centroids(
-            host.num_kv_heads, config.num_clusters, host.head_dim, config.seed + 1_000_003 * host.layer
-        )
+        shape = host.num_kv_heads, config.num_clusters, host.head_dim
+        centroids = draw_centroids(*shape, config.seed, host.layer)
         self.register_buffer("centroids", centroids.to(torch.get_default_dtype()))
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
