@@ -26,7 +26,7 @@ from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .hosts import cache_argument
 from .registry import get_info
-from .swapping import as_list, is_patched, plan, revert_layers, saved_form, swap_layers
+from .swapping import as_list, exchange_maps, is_patched, loading, plan, revert_layers, saved_form, swap_layers
 
 PREFIX = "efficient_"
 FIELD = "efficient_attention"
@@ -80,7 +80,11 @@ class EfficientModelMixin(StateMixin):
             ValueError: a weight of a variant is missing from the checkpoint or does not fit.
         """
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with loading():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        exchange_maps(model.modules())
         marker = f".{CHILD}."
         faults = {kind: [str(key) for key in info.get(kind) or () if marker in str(key)] for kind in _FAULTS}
         for kind, keys in faults.items():

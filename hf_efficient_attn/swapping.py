@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -32,7 +34,7 @@ from .hosts import (
     refusal,
 )
 from .registry import build, config_from_dict, get_config_class, get_info
-from .variant import EfficientLayer
+from .variant import EfficientFeedForward, EfficientLayer
 
 Layers = str | int | Iterable[int] | None
 Choice = str | VariantConfig | Mapping[str, Any]
@@ -219,14 +221,55 @@ def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | No
     if not is_patched(model):
         _dispatch(model, model if outer is None else outer)
     for swap in swaps:
-        for module in _exchanged(swap.host):
-            module.__class__ = efficient_class(type(module))
-            _rebind_forward(module)
+        swap.host.module.add_module(CHILD, swap.variant)
         if isinstance(swap.host, FeedForward):
             setattr(swap.host.attention, FEED_FORWARD, (swap.host.module,))
-            for path, module in swap.host.maps.items():
-                setattr(module, FEED_FORWARD, (swap.host.module, path))
-        swap.host.module.add_module(CHILD, swap.variant)
+        else:
+            _exchange(swap.host.module)
+    if not _loading.get():
+        exchange_maps(swap.host.module for swap in swaps)
+
+
+_loading = ContextVar("_loading", default=False)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """
+    Inside the block linear maps of patched feed-forwards stay what they are: a quantiser, which exchanges them between a
+    model's making and its loading, passes over classes that it does not know. `exchange_maps` follows.
+    """
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def exchange_maps(owners: Iterable[nn.Module]) -> None:
+    """
+    Has every linear map of patched feed-forwards ask its variant; other modules are passed over.
+
+    Raises:
+        ValueError: a quantiser has put something there that is no linear map of PyTorch.
+    """
+    for owner in list(owners):
+        variant = getattr(owner, CHILD, None)
+        for path in variant.host.maps if isinstance(variant, EfficientFeedForward) else ():
+            module = owner.get_submodule(path)
+            if isinstance(module, PatchedLinear):
+                continue
+            if not is_linear_map(type(module)):
+                raise ValueError(
+                    f"a patched feed-forward cannot be served by a {type(module).__name__}, as {path!r} is."
+                )
+            _exchange(module)
+            setattr(module, FEED_FORWARD, (owner, path))
+
+
+def _exchange(module: nn.Module) -> None:
+    module.__class__ = efficient_class(type(module))
+    _rebind_forward(module)
 
 
 def _exchanged(host: Host | FeedForward) -> list[nn.Module]:
