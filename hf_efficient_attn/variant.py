@@ -221,7 +221,8 @@ class EfficientAttention(EfficientLayer):
             if hidden is not None:
                 call["hidden"] = hidden
             state.begin(call)
-        output = self._on_rows(query, key, value, rows, scaling, dropout, causal, state, hidden)
+        run = self._exported if torch.compiler.is_exporting() else self._on_rows
+        output = run(query, key, value, rows, scaling, dropout, causal, state, hidden)
         self.after_backward(query, output)
         return output[:, :, m - n :] if m > n else output
 
@@ -246,6 +247,18 @@ class EfficientAttention(EfficientLayer):
         if state is not None:
             state.commit(None if rows is None else rows.real, batch, n)
         return output if rows is None else rows.restore(output)
+
+    def _exported(self, *args) -> Tensor:
+        """As `_on_rows`, while `torch.export` looks on."""
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # takes a while to load
+
+        try:
+            return self._on_rows(*args)
+        except GuardOnDataDependentSymNode as error:
+            raise ValueError(
+                f"{self.config.name}: what is computed here depends on the numbers that are read, which torch.export cannot "
+                "write down. Take a variant of a fixed pattern, such as sliding_window, block, linformer or hedgehog."
+            ) from error
 
     def _read_pending(self, state: AttentionState, scaling: float) -> None:
         call, state.pending = state.pending, None

@@ -30,8 +30,12 @@ _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 def load(name: str) -> ctypes.CDLL | None:
-    """The library made of `<name>.c` beside this file, or None where kernels are off or cannot be compiled."""
-    return None if _held_off or os.environ.get("HF_EFFICIENT_ATTN_KERNELS") == "0" else _compiled(name)
+    """
+    The library made of `<name>.c` beside this file, or None where kernels are off or cannot be compiled, and while
+    `torch.export` writes down PyTorch's operators for another device.
+    """
+    off = _held_off or torch.compiler.is_exporting() or os.environ.get("HF_EFFICIENT_ATTN_KERNELS") == "0"
+    return None if off else _compiled(name)
 
 
 def serving(name: str, query: torch.Tensor) -> ctypes.CDLL | None:

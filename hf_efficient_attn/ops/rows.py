@@ -36,7 +36,8 @@ class Rows:
             return None
         order = None
         if tracing or bool((real[:, 1:] & ~real[:, :-1]).any()):
-            order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
+            slot = torch.where(real, real.cumsum(1), real.sum(1, keepdim=True) + (~real).cumsum(1)) - 1
+            order = torch.zeros_like(slot).scatter(1, slot, torch.arange(slot.shape[1], device=slot.device).expand_as(slot))
         return Rows(real.sum(1), real, order)
 
     @property

@@ -63,8 +63,9 @@ class CosformerAttention(EfficientAttention):
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
         longest, n, before = self.config.max_length, query.shape[2], 0 if state is None else state.count
-        end = before + (n if lengths is None else lengths)
-        end = end if isinstance(end, int) else int(end.max())
+        end = before + n
+        if isinstance(end, Tensor) or (lengths is not None and not torch.compiler.is_exporting()):
+            end = int((before + (n if lengths is None else lengths)).max())
         if end > longest:
             raise ValueError(
                 f"cosformer: {end} tokens, but max_length = {longest}: its weights reach no further. Set max_length to the "

@@ -144,16 +144,16 @@ class StridedAttention(EfficientAttention):
 
     def _neighbours(self, key: Tensor, value: Tensor, used: Tensor | None) -> list[Part]:
         """Neighbours of other classes, key block by key block; `used` (B, 1, L, 1) bool or None, which keys exist."""
-        size = key.shape[2]
+        size, stride, reach, causal = key.shape[2], self.config.stride, self._reach, self.host.causal
         block = self._block(size)
-        slots, parts = torch.arange(block), []
-        for away in (0, -1) if self.host.causal else (0, -1, 1):
-            apart = slots[:, None] - (slots + away * block)
-            visible = (apart.abs() <= self._reach) & (apart % self.config.stride != 0)
-            if self.host.causal:
-                visible &= apart > 0
-            if size > abs(away) * block and visible.any():
-                parts.append(_block_apart(key, value, block, away, visible.to(key.device), used))
+        slots, parts = torch.arange(block, device=key.device), []
+        for away in (0, -1) if causal else (0, -1, 1):
+            possible = range(1 - block - away * block, block - away * block)
+            some = any(abs(d) <= reach and d % stride and (d > 0 or not causal) for d in possible)
+            if size > abs(away) * block and some:
+                apart = slots[:, None] - (slots + away * block)
+                visible = (apart.abs() <= reach) & (apart % stride != 0) & (apart > 0 if causal else True)
+                parts.append(_block_apart(key, value, block, away, visible, used))
         return parts
 
     def _sinks(self, key: Tensor, value: Tensor, start: Count, size: int) -> Part:

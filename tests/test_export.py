@@ -1,0 +1,88 @@
+"""`torch.export`, and ONNX, of patched models: what was written down gives what the model gives, also under another mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO
+
+from hf_efficient_attn import available_variants, patch_model
+from hf_efficient_attn.registry import get_config_class
+
+BY_DATA = {"big_bird", "lsh", "routing", "clustered", "cluster_former", "topk_blocks", "adaptive"}
+BY_DATA |= {"mixture_of_heads", "mixture_of_depths"}
+REFUSED = {"bert": BY_DATA, "gpt2": BY_DATA | {"sinkhorn", "performer", "rfa"}}
+CASES = [(name, variant) for name in REFUSED for variant in available_variants("attention")]
+LENGTH = 150
+pytestmark = pytest.mark.slow  # some seconds per model
+
+
+class Reader(nn.Module):
+    """A model as it is exported: tokens and a mask in, logits out."""
+
+    def __init__(self, name: str, variant: str | None) -> None:
+        super().__init__()
+        self.model = ZOO[name].build()
+        if variant is not None:
+            config = get_config_class(variant).tiny(ZOO[name].kind == "decoder")
+            patch_model(self.model, replace(config, max_length=256) if hasattr(config, "max_length") else config)
+        self.options = {} if ZOO[name].kind == "encoder" else {"use_cache": False}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.options).logits
+
+
+def given(pad: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return tuple(ZOO["bert"].inputs(length=LENGTH, pad=pad, seed=seed).values())
+
+
+def export(model: Reader) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, given("right"), strict=False)
+
+
+def largest(program: torch.export.ExportedProgram) -> int:
+    """Numbers in the largest tensor that the program computes."""
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "call_function")
+    return max(x.numel() for x in values if isinstance(x, Tensor))
+
+
+@torch.no_grad()
+def close(run, model: Reader) -> None:
+    for pad, seed in (("right", 0), ("left", 1), ("none", 2)):
+        texts = given(pad, seed)
+        real = texts[1].bool()
+        got, want = torch.as_tensor(run(*texts))[real], model(*texts)[real]
+        assert (got - want).abs().max() < 1e-4 * want.abs().max(), pad
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_exported(name: str, variant: str):
+    model = Reader(name, variant)
+    if variant in REFUSED[name]:
+        with pytest.raises(ValueError, match=f"{variant}: what is computed here depends on the numbers"):
+            export(model)
+        return
+    program = export(model)
+    close(program.module(), model)
+    assert largest(program) < 2 * 4 * LENGTH**2 or variant in ("flash", "funnel")  # of weights for each pair of tokens
+
+
+def test_dense_weights_are_noticed():
+    assert largest(export(Reader("bert", None))) >= 2 * LENGTH**2
+
+
+@pytest.mark.parametrize("variant", sorted({*available_variants("attention")} - REFUSED["bert"]))
+def test_onnx(variant: str, tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = Reader("bert", variant)
+    names = ["input_ids", "attention_mask"]
+    with torch.no_grad():
+        torch.onnx.export(model, given("right"), tmp_path / "model.onnx", dynamo=True, input_names=names, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    close(lambda *texts: session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0], model)
