@@ -1,4 +1,4 @@
-"""The reports of untrained variants (examples/perplexity, embeddings, passkey, choose, choose_encoder) on tiny models."""
+"""The reports of untrained variants (perplexity, embeddings, export_onnx, passkey, ... of examples) on tiny models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import choose, choose_encoder, embeddings, passkey, perplexity, rows
+from examples import choose, choose_encoder, embeddings, export_onnx, passkey, perplexity, rows
 from hf_efficient_attn import patched
 
 WORDS = [f"w{i}" for i in range(30)]
@@ -258,3 +258,19 @@ def test_numbers_found_are_rows(folder, tmp_path) -> None:
     assert all(len(row["found_at"]) == 4 and 0 <= row["found"] <= row["tokens"] <= 1 for row in rows.values())
     assert rows["flash"]["found_at"] == rows["dense"]["found_at"]
     assert len(passkey.main(given)["rows"]) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of processes are set back on Linux alone")
+def test_onnx_files(folder, tmp_path) -> None:
+    for module in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    given = ["--model", str(folder / "bert"), "--length", "96", "--repeats", "1", "--keep", str(tmp_path / "kept")]
+    given += ["--output", str(tmp_path / "a.json"), "--variants", "block", "topk_blocks"]
+    rows = {row["label"]: row for row in export_onnx.main(given)["rows"]}
+    assert "depends on the numbers" in rows["topk_blocks"]["error"]
+    for name in ("dense", "block"):
+        assert rows[name]["apart"] < 1e-5 and rows[name]["seconds_ratio"] > 0 and rows[name]["run_bytes"] >= 0
+        assert (tmp_path / "kept" / f"{name}.onnx").stat().st_size == rows[name]["file_bytes"]
+    again = export_onnx.main([*given, "flash"])["rows"]
+    assert [row["label"] for row in again] == ["dense", "block", "topk_blocks", "flash"]
+    assert again[:3] == list(rows.values())
