@@ -84,7 +84,7 @@ def measure(model: nn.Module, config: dict | None, texts: list[tuple[Tensor, Ten
     import numpy as np
 
     with swapped(model, config):
-        embedder = Embedder(model)
+        embedder = Embedder(model).eval()
         torch.onnx.export(embedder, texts[0], file, dynamo=True, input_names=NAMES, verbose=False, external_data=False)
         session = open_session(file, options.threads)
         given = [dict(zip(NAMES, (x.numpy() for x in text), strict=True)) for text in texts]
