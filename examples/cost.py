@@ -68,8 +68,8 @@ def measure_in_own_process(job: dict[str, Any], timeout: float = 1800) -> dict[s
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """
     Job keys: `base` (folder), `task`, `patch`, `attention` ("sdpa" or "eager"), `batch_size`, `accumulation` (batches of
-    that size in a step), `length`, `mixed_precision`, `gradient_checkpointing`, `lora_rank`, `lora_targets`, `chunk_size`,
-    `repeats`, `seed`, `device`. The batch is full: every row has `length` random tokens.
+    that size in a step), `length`, `mixed_precision`, `gradient_checkpointing`, `lora_rank`, `lora_targets`, `bits`,
+    `chunk_size`, `repeats`, `seed`, `device`. The batch is full: every row has `length` random tokens.
 
     Returns the fields of `hf_efficient_attn.measuring.ModelCost` and `process_peak_bytes`, the whole process's
     resident set as the operating system saw it (on a GPU, of the host).
@@ -82,10 +82,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from hf_efficient_attn.measuring import measure_model
 
     device = torch.device(job["device"])
-    model = open_base(job["base"], job["task"], job["attention"])
+    model = open_base(job["base"], job["task"], job["attention"], bits=job["bits"], device=device)
     fit_positions(model, job["length"], extend=True)
     added = install(model, job["patch"], job["seed"])
-    model.to(device)
+    if not job["bits"]:
+        model.to(device)
     if job["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     whole = add_lora(model, job["task"], job["lora_rank"], job["lora_targets"], added) if job["lora_rank"] else model

@@ -103,7 +103,7 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
     accelerator, args = session.accelerator, session.args
     model = objective = None
     try:
-        model = models.open_base(session.base_folder, args.task)
+        model = models.open_base(session.base_folder, args.task, bits=args.bits, device=accelerator.device)
         added = models.install(model, run.patch, args.seed)
         row["layers"] = models.patched_layers(model)
         row["parameters_added"] = sum(p.numel() for name, p in model.named_parameters() if name in set(added))
@@ -320,6 +320,7 @@ def cost_of(session: Session, run: RunSpec, attention: str) -> tuple[dict[str, A
             "gradient_checkpointing": args.gradient_checkpointing,
             "lora_rank": args.lora_rank,
             "lora_targets": args.lora_targets,
+            "bits": args.bits,
             "chunk_size": args.loss_chunk,
             "repeats": args.cost_repeats,
             "seed": args.seed,

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -119,9 +120,20 @@ def fit_positions(
     extend_positions(model, max_length, tokenizer)
 
 
-def open_base(folder: Path | str, task: str, attention: str = "sdpa") -> PreTrainedModel:
-    """The saved base, dense."""
-    model = AUTO_CLASSES[task].from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+def open_base(
+    folder: Path | str,
+    task: str,
+    attention: str = "sdpa",
+    *,
+    bits: int | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """The saved base, dense; with `bits` its weights are quantised, on the device."""
+    keywords = {}
+    if bits:
+        quantiser = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        keywords = {"quantization_config": quantiser, "device_map": {"": device}}
+    model = AUTO_CLASSES[task].from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **keywords)
     model.config.use_cache = False
     return model
 

@@ -149,6 +149,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="train adapters of this rank (by peft) and what the variant adds; 0 trains all weights",
     )
     add("--lora-targets", nargs="+", help="modules that get adapters; by default what peft knows for the model")
+    add(
+        "--bits",
+        type=int,
+        choices=(4, 8),
+        help="of the pretrained weights, quantised by bitsandbytes while adapters train; needs --lora-rank, and for 4 a GPU",
+    )
     add("--cpu", action="store_true", help="do not use an accelerator")
 
     add = parser.add_argument_group("measuring").add_argument
@@ -226,6 +232,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--layer-decay {args.layer_decay}: above 0, at most 1.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout}: from 0 to below 1.")
+    if args.bits and not args.lora_rank:
+        parser.error(f"--bits {args.bits}: quantised weights do not train; give adapters a --lora-rank.")
     if args.resume and args.output_dir is None:
         parser.error("--resume needs the --output-dir of the run to continue.")
     return args

@@ -261,6 +261,7 @@ def new_results(session: Session, base, train_examples: Examples, eval_examples:
             "warm_start_learning_rate": args.warm_start_learning_rate,
             "layer_decay": args.layer_decay,
             "lora_rank": args.lora_rank,
+            "bits": args.bits,
             "gradient_checkpointing": args.gradient_checkpointing,
         },
         "arguments": session.arguments,

@@ -7,7 +7,8 @@ Tables of README.md and docs/ are made from results files.
 A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end -->`; without labels all rows are shown. KINDs:
 
 - `decoders_2048`, `decoders_8192`: results of examples/perplexity.py; `encoders_2048`, `authors_2048`: of embeddings.py;
-  `passkey`, `passkey_blocks`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py and decoding.py
+  `onnx`: of export_onnx.py; `passkey`, `passkey_blocks`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py
+  and decoding.py
 - `kernels`: the label is a file of results of benchmarks/attention.py, beside which `..._pytorch` has those without kernels
 - `finetune`: the label is a folder of results of examples/finetune.py
 - `choose`: the label is a file of results of examples/choose.py or choose_encoder.py
@@ -96,6 +97,15 @@ def _encoders(name: str, labels: list[str]) -> str:
         figures = [f"{row['fidelity']:.3f}", f"{row['probe_accuracy']:.3f}"]
         lines.append([f"`{row['label']}`", *figures, *(f"{row[f'{c}_ratio']:.2f}" for c in ("seconds", "peak"))])
     return _table(lines) + _made(results, "time and memory over those of dense")
+
+
+def _onnx(name: str, labels: list[str]) -> str:
+    results, rows = _rows(name, labels)
+    lines = [["variant", "time", "memory", "MiB"]]
+    for row in rows:
+        ratios = f"{row['seconds_ratio']:.2f}", f"{row['run_ratio']:.2f}"
+        lines.append([f"`{row['label']}`", *ratios, f"{row['run_bytes'] / 2**20:,.0f}"])
+    return _table(lines) + f"\nMade by `{results['command']}`.\n"
 
 
 def _passkey(name: str, labels: list[str]) -> str:
@@ -198,6 +208,7 @@ TABLES: dict[str, Callable[[str, list[str]], str]] = {
     "decoders_8192": _decoders,
     "encoders_2048": _encoders,
     "authors_2048": _encoders,
+    "onnx": _onnx,
     "passkey": _passkey,
     "passkey_blocks": _passkey,
     "finetune": _finetune,

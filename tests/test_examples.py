@@ -771,22 +771,51 @@ def test_distillation_pulls_the_loss_towards_the_dense_model(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ its parts
 
 
+def test_quantised_weights_under_adapters(folder, tmp_path, monkeypatch):
+    """In 8 bits: on a CPU bitsandbytes packs 4 for reading alone once they were read."""
+    pytest.importorskip("bitsandbytes")
+    from examples import cost
+
+    seen, fit = [], finetune.fit_for_training
+    monkeypatch.setattr(finetune, "fit_for_training", lambda *args: seen.append(args[1]) or fit(*args))
+    given = (
+        "--variants",
+        "hedgehog",
+        "--recover",
+        "192",
+        "--lora-rank",
+        "2",
+        "--lora-targets",
+        "c_attn",
+        "--bits",
+        "8",
+    )
+    given += ("--no-cost", "--save-models")
+    rows = rows_of(finetune.main(arguments(folder, tmp_path / "out", *given, model="gpt2", task="causal-lm")))
+    assert all("Linear8bitLt" in {type(x).__name__ for x in model.modules()} for model in seen)
+    assert [row["status"] for row in rows.values()] == ["ok"] * len(rows)
+    assert rows["hedgehog"]["recovery"]["tokens"] > 0
+    assert rows["hedgehog"]["after"]["loss"] < rows["hedgehog"]["before"]["loss"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hedgehog" / "model")
+    assert saved.config.efficient_attention and saved.config.quantization_config
+    measured = cost.measure(cost_job(folder, lora_rank=2, lora_targets=["c_attn"], bits=8))
+    assert measured["train_step"]["peak_bytes"] > 0
+    with pytest.raises(SystemExit):
+        finetune.main(arguments(folder, tmp_path / "other", "--bits", "8"))
+
+
+def cost_job(folder: Path, **changes) -> dict:
+    job = {"base": str(folder / "gpt2"), "task": "causal-lm", "patch": None, "attention": "sdpa", "batch_size": 2}
+    job |= {"accumulation": 1, "length": 96, "mixed_precision": "no", "gradient_checkpointing": False, "lora_rank": 0}
+    return (
+        job | {"lora_targets": None, "bits": None, "chunk_size": 16, "repeats": 1, "seed": 0, "device": "cpu"} | changes
+    )
+
+
 def test_measuring_process_measures_and_reports_failure(folder):
     from examples.cost import CostFailed, measure_in_own_process
 
-    job = {
-        **{
-            "base": str(folder / "gpt2"),
-            "task": "causal-lm",
-            "patch": None,
-            "attention": "sdpa",
-            "batch_size": 2,
-            "accumulation": 1,
-            "length": 96,
-        },
-        **{"mixed_precision": "no", "gradient_checkpointing": False, "lora_rank": 0, "lora_targets": None},
-        **{"chunk_size": 16, "repeats": 1, "seed": 0, "device": "cpu"},
-    }
+    job = cost_job(folder)
     cost = measure_in_own_process(job)
     assert (cost["batch_size"], cost["length"]) == (2, 96)  # beyond the 64 positions, which are extended
     assert cost["cache_bytes_per_sequence"] == 2 * 2 * 96 * 16 * 4
