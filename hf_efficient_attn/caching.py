@@ -264,6 +264,7 @@ class AttentionState(Node, CacheLayerMixin):
         self.real: Tensor | None = None  # (B, seen) bool, once a padded token was seen
         self.owner: dict | None = None  # the config of the variant that fills this state
         self.expected = False  # the patched layer that owns this state is in its forward
+        self.interrupted = False  # a call failed on the way: layers hold different tokens
         self.record_past = False
         self.records: list[dict] = []  # of each call since the latest `crop`: the state before it, and its inputs
         self.pending: dict | None = None  # a call's inputs to be read again before the next call

@@ -197,7 +197,12 @@ class PatchedForward:
         if not self.host_code.hands_on:
             return super().forward(*args, **kwargs)
         call = Call(state, hidden_input(args, kwargs))
-        output = super().forward(*args, **{**kwargs, CALL: call})
+        try:
+            output = super().forward(*args, **{**kwargs, CALL: call})
+        except BaseException:
+            if state is not None:
+                state.interrupted = True
+            raise
         if not call.arrived:
             raise RuntimeError(
                 f"{self.dense_class.__name__} did not call Transformers' attention function, so layer "
@@ -248,6 +253,11 @@ def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> Atte
             raise ValueError(
                 f"layer {index} of this cache was filled by {layer.owner}, which {variant.config.to_dict()} cannot read. "
                 "Start with a new cache."
+            )
+        if layer.interrupted:
+            raise ValueError(
+                f"a call failed in layer {index} of this cache, which holds a part of its tokens. Start with a new cache, or "
+                "reset this one."
             )
         layer.expected = True
         return layer

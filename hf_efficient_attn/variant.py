@@ -192,7 +192,7 @@ class EfficientAttention(EfficientLayer):
         """
         query, key, value = of_one_dtype(query, key, value)
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))  # as kernels read
-        if len(query) == 0 and state is None:
+        if query.shape[2] == 0 or (len(query) == 0 and state is None):
             return query
         n, m = query.shape[2], key.shape[2]
         if value.shape != key.shape or query.shape[-1] != key.shape[-1]:

@@ -395,6 +395,14 @@ def check_more_keys_than_queries(subject: Subject) -> None:
         close(got, expected(subject, module, *args), 1e-9, "M > N")
 
 
+def check_nothing_to_read(subject: Subject) -> None:
+    module, args = subject.build(), inputs(2, 7)
+    assert run(module, *(x[:, :, :0] for x in args[:3]), *(x[:, :0] for x in args[3:])).shape == args[0][:, :, :0].shape
+    assert run(module, *(x[:0] for x in args)).shape == args[0][:0].shape
+    if subject.causal:
+        close(decode(module, args, (3, 0, 4)), run(module, *args), 1e-9, "a call without tokens")
+
+
 def check_half_precision(subject: Subject) -> None:
     args = inputs(2, 29, dtype=torch.bfloat16)
     reference, exact_args = subject.build(dtype=torch.float32).to(torch.bfloat16).float(), [x.float() for x in args]

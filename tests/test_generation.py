@@ -269,3 +269,24 @@ def test_a_mask_that_hides_what_the_cache_has_read_raises():
     for before, now in ((mask, hidden), (hidden, hidden.flip(1))):
         with pytest.raises(ValueError, match="hides other tokens of the cache"):
             second(before, now)
+
+
+@torch.no_grad()
+def test_a_cache_of_a_call_that_failed_is_refused():
+    """Layers before the failing one hold its tokens, those behind do not: going on would shift positions without a word."""
+    model, tokens = (
+        patch_model(ZOO["llama"].build(), "sliding_window", window=4),
+        ZOO["llama"].inputs(length=9)["input_ids"],
+    )
+    cache = DynamicCache()
+    model(tokens[:, :5], past_key_values=cache)
+    variant = model.model.layers[1].self_attn.efficient_attn
+    attend, variant.attend = variant.attend, lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(tokens[:, 5:], past_key_values=cache)
+    variant.attend = attend
+    with pytest.raises(ValueError, match="a call failed in layer 1 of this cache"):
+        model(tokens[:, 5:], past_key_values=cache)
+    cache.reset()
+    again = model(tokens, past_key_values=cache).logits
+    assert torch.equal(again, model(tokens, use_cache=False).logits)

@@ -37,7 +37,9 @@ class Rows:
         order = None
         if tracing or bool((real[:, 1:] & ~real[:, :-1]).any()):
             slot = torch.where(real, real.cumsum(1), real.sum(1, keepdim=True) + (~real).cumsum(1)) - 1
-            order = torch.zeros_like(slot).scatter(1, slot, torch.arange(slot.shape[1], device=slot.device).expand_as(slot))
+            order = torch.zeros_like(slot).scatter(
+                1, slot, torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+            )
         return Rows(real.sum(1), real, order)
 
     @property
