@@ -2,7 +2,7 @@
 What one generated token costs each decoder variant's attention, against a dense cache (Transformers' `DynamicCache`: append,
 then PyTorch's SDPA), measured in the same run, turn by turn. Rows go into a CSV; a table is printed.
 
-    python -m benchmarks.decoding --lengths 2048 8192 --output results/decoding_cpu.csv
+    python -m benchmarks.decoding --lengths 2048 8192 --repeats 9 --output results/decoding_cpu.csv
 
 The columns are those of benchmarks/attention.py. Metrics: token_speedup (times the dense cache's speed, one token after
 `length` others, batch 1) and state_ratio (bytes of the state over those of the dense cache, the most while a segment fills).
@@ -11,6 +11,8 @@ The columns are those of benchmarks/attention.py. Metrics: token_speedup (times 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,14 +81,27 @@ def measure(name: str, lengths: Sequence[int], repeats: int, device: str) -> lis
     return rows
 
 
+def keep_memory() -> None:
+    """
+    Has glibc keep what is freed: what a dense cache takes for a token, which copies it, varies several times over where this
+    memory is paged in anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(option, 2**30)
+
+
 def main(args: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(available_variants("attention")), metavar="NAME")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192], metavar="N")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; further ones do little for a single token")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="CSV to write; an existing file is not overwritten")
     options = parser.parse_args(args)
+    torch.set_num_threads(options.threads)
     if options.output and options.output.exists():
         parser.error(f"{options.output} exists; give another name or remove it.")
     lengths, rows = sorted(options.lengths), []
@@ -105,4 +120,5 @@ def main(args: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()
