@@ -183,9 +183,12 @@ class TokenStore(Node):
         self.rooms[name] = room
         return room.view
 
+    def own(self) -> None:
+        self.rooms = {name: room for name, room in self.rooms.items() if room.view is self.entries[name]}
+        super().own()
+
     def wastes(self, name: str, entry: Tensor) -> bool:
-        room = self.rooms.get(name)
-        return (room is None or room.view is not entry) and super().wastes(name, entry)
+        return name not in self.rooms and super().wastes(name, entry)
 
     @property
     def nbytes(self) -> int:

@@ -348,6 +348,8 @@ def held(node: Node) -> dict[int, int]:
             found |= held(entry)
         elif isinstance(entry, Tensor):
             found[entry.untyped_storage().data_ptr()] = entry.untyped_storage().nbytes()
+    for room in getattr(node, "rooms", {}).values():
+        found[room.tensor.untyped_storage().data_ptr()] = room.tensor.untyped_storage().nbytes()
     return found
 
 
@@ -360,7 +362,9 @@ def check_kept_alive(subject: Subject) -> None:
         kept = sum(held(state).values())
         assert kept <= state.nbytes, f"after {end} tokens {kept} bytes are kept alive, of which {state.nbytes} are used"
 
-    decode(subject.build(dtype=torch.float32), inputs(1, 100, dtype=torch.float32), (60,) + (1,) * 40, after=after)
+    module, args = subject.build(dtype=torch.float32), inputs(1, 100, dtype=torch.float32)
+    for splits in ((60,) + (1,) * 40, (1, 1, 58) + (1,) * 40):
+        decode(module, args, splits, after=after)
 
 
 def check_state_size(subject: Subject) -> None:
