@@ -115,9 +115,8 @@ class AttentionMask:
     def _read_compiled(self, function: Callable) -> tuple[bool | None, str | None]:
         """As `_read` where closures cannot be looked into: Transformers says whether a mask may be skipped."""
         reach = self._arguments.get("local_size")
-        known = {causal_mask_function: True, bidirectional_mask_function: False}.get(function)
-        if known is not None:
-            return known, None
+        if function is causal_mask_function or function is bidirectional_mask_function:
+            return function is causal_mask_function, None
         if reach is None or self._arguments.get("use_vmap"):
             return None, PACKED
         return None, None if self.length <= reach else HIDES.format(reach)
