@@ -7,6 +7,7 @@ Letters: B batch, H query heads, G key/value heads, N tokens, T tokens of a piec
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ class _Map:
 
     def __call__(self, place: slice, lengths: Tensor | None = None) -> tuple[Tensor, Callable[[Tensor], None]]:
         """What the map gives for these tokens, padding weighing nothing, and what takes the gradient of that."""
-        with torch.set_grad_enabled(self.tracked):
+        with nullcontext() if torch.is_grad_enabled() == self.tracked else torch.set_grad_enabled(self.tracked):
             x = self.x[:, :, place].detach().requires_grad_(self.tracked)
             accurate = x.to(self.accurate)
             tokens = () if self.tokens is None else (self.tokens[:, :, place],)
