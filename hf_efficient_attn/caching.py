@@ -131,6 +131,10 @@ class Room:
         open_ = torch.is_inference_mode_enabled() or not self.tensor.is_inference()
         return open_ and self.end + new.shape[2] <= self.tensor.shape[2]
 
+    def fits(self) -> bool:
+        """Whether it is not much larger than what it shows."""
+        return self.tensor.shape[2] <= 2 * (self.view.shape[2] + SPARE)
+
     def append(self, new: Tensor) -> None:
         begin, self.end = self.end - self.view.shape[2], self.end + new.shape[2]
         self.tensor[:, :, self.end - new.shape[2] : self.end] = new
@@ -184,8 +188,18 @@ class TokenStore(Node):
         return room.view
 
     def own(self) -> None:
-        self.rooms = {name: room for name, room in self.rooms.items() if room.view is self.entries[name]}
+        """Room stays where it is of use: not behind what a graph may need, nor what a long call left where little was kept."""
+        kept = {} if torch.is_grad_enabled() else self.rooms
+        self.rooms = {name: room for name, room in kept.items() if room.view is self.entries[name] and room.fits()}
         super().own()
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().map_tensors(function)
+        self.rooms = {}
+
+    def restore(self, saved: dict) -> None:
+        super().restore(saved)
+        self.rooms = {}
 
     def wastes(self, name: str, entry: Tensor) -> bool:
         return name not in self.rooms and super().wastes(name, entry)
@@ -236,7 +250,7 @@ class TokenStore(Node):
         return isinstance(self.entries["first"], int) and self.entries["first"] == 0
 
     def crop_to(self, count: Count) -> None:
-        entries = self.entries
+        entries, self.rooms = self.entries, {}
         old = entries["count"]
         if isinstance(count, int) and isinstance(old, int):
             entries["count"] = min(old, count)
@@ -337,9 +351,12 @@ class AttentionState(Node, CacheLayerMixin):
 
         Raises:
             RuntimeError: the state no longer holds what these tokens replaced.
+        ValueError: more tokens than were read.
         """
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding of Transformers 5.17 gives a tensor
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        if remove > self.seen:
+            raise ValueError(f"cannot take {remove} tokens back: this attention state has read {self.seen}.")
         if remove == 0:
             self.records = []
             return
@@ -366,6 +383,7 @@ class AttentionState(Node, CacheLayerMixin):
             self.count = self.real.sum(1)
         self.seen = keep
         self.crop_to(self.count)
+        self.own()
 
     # What `EfficientAttention` does around a variant
 
@@ -421,6 +439,7 @@ def pick(x: Tensor, slots: Tensor) -> Tensor:
         x.device.type != "cpu"
         or torch.is_grad_enabled()
         or not width
+        or not x.shape[2]
         or steps[3] != 1
         or any(s % width for s in steps[:3])
     ):

@@ -241,6 +241,11 @@ def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> Atte
         cache = cache.self_attention_cache
     if cache is None:
         return None
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "an offloaded cache moves keys away as soon as they are added, before a patched layer has read them. Use a "
+            "DynamicCache() without offloading; most variants keep a smaller state."
+        )
     index = getattr(module, "layer_idx", None) if index is None else index
     if index is None:
         raise ValueError(f"{type(module).__name__} was given a cache but has no layer_idx to find its place in it.")

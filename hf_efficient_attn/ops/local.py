@@ -314,7 +314,7 @@ def remember(
         sinks.extend(key[:, :, :num_sinks], value[:, :, :num_sinks], some)
         sinks.keep_until(num_sinks)
     context = Context(buffer.key, buffer.value, buffer.first, buffer.new, sinks.entries["key"], sinks.entries["value"])
-    if detach:
+    if detach and torch.is_grad_enabled():
         recent.map_tensors(Tensor.detach)
         sinks.map_tensors(Tensor.detach)
     return context
