@@ -21,6 +21,10 @@ class AuxiliaryLearner(nn.Module):
         self._observed: dict[str, Tensor] | None = None
         self._loss: Tensor | None = None
 
+    def __getstate__(self) -> dict:
+        """Without what waits for a backward pass: it belongs to a graph, which is not copied."""
+        return {**self.__dict__, "_observed": None, "_loss": None}
+
     def observe(self, **sums: Tensor) -> None:
         """Notes this forward's sums; ignored in eval."""
         if self.training:
@@ -54,8 +58,9 @@ class AuxiliaryLearner(nn.Module):
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
     """
-    The sum of the auxiliary losses that the latest training forward of `model` left, or None. A model that is given
-    labels adds it to its loss by itself; ask for it where you compute the loss yourself. It is given out once.
+    The sum of the auxiliary losses that training forwards of `model` left since it was asked for or a backward pass came, or
+    None. A model that is given labels adds it to its loss by itself; ask for it where you compute the loss yourself, as a
+    `Trainer` does under label smoothing or with a loss function of your own. It is given out once.
     """
     learners = [module for module in model.modules() if isinstance(module, AuxiliaryLearner)]
     losses = [module._loss for module in learners if module._loss is not None]

@@ -351,7 +351,7 @@ class AttentionState(Node, CacheLayerMixin):
 
         Raises:
             RuntimeError: the state no longer holds what these tokens replaced.
-        ValueError: more tokens than were read.
+            ValueError: more tokens than were read.
         """
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding of Transformers 5.17 gives a tensor
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
@@ -72,6 +73,10 @@ def efficient_attention_forward(
     """
     call = kwargs.pop(CALL, None)
     beside = getattr(module, FEED_FORWARD, None)
+    if beside is not None and not torch.compiler.is_compiling():
+        from .swapping import exchange_maps  # which is built on this file
+
+        exchange_maps(beside)  # a quantiser may have put others there while a model around this one was loaded
     if beside is not None and module.training:
         batch, _, n, _ = query.shape
         getattr(beside[0], CHILD).note_tokens(batch, n, real_tokens(attention_mask, n))
@@ -241,11 +246,6 @@ def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> Atte
         cache = cache.self_attention_cache
     if cache is None:
         return None
-    if getattr(cache, "offloading", False):
-        raise ValueError(
-            "an offloaded cache moves keys away as soon as they are added, before a patched layer has read them. Use a "
-            "DynamicCache() without offloading; most variants keep a smaller state."
-        )
     index = getattr(module, "layer_idx", None) if index is None else index
     if index is None:
         raise ValueError(f"{type(module).__name__} was given a cache but has no layer_idx to find its place in it.")
@@ -271,6 +271,11 @@ def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> Atte
         raise ValueError(
             f"variant {variant.config.name!r} keeps a decoder state of its own, but layer {index} of this cache holds {held}. "
             "Give an empty DynamicCache (or none) from the first token on."
+        )
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "an offloaded cache moves keys away as soon as they are added, before a patched layer has read them. Use a "
+            "DynamicCache() without offloading; most variants keep a smaller state."
         )
     state = cache.layers[index] = variant.make_state()
     state.owner, state.expected = variant.config.to_dict(), True

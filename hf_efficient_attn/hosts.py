@@ -83,7 +83,7 @@ def dispatching_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _dispatches(cls: type) -> bool:
     """Whether the forward of a class, or one that it calls by super(), names the table of attention functions."""
     for base in cls.__mro__:
-        names = _names_in(vars(base).get("forward"))
+        names = names_in(vars(base).get("forward"))
         if "ALL_ATTENTION_FUNCTIONS" in names:
             return True
         if "forward" in vars(base) and "super" not in names:
@@ -91,7 +91,7 @@ def _dispatches(cls: type) -> bool:
     return False
 
 
-def _names_in(function: Any) -> tuple[str, ...]:
+def names_in(function: Any) -> tuple[str, ...]:
     """The global names and attributes that a function's code mentions, decorators taken off."""
     return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ()) if function else ()
 
@@ -158,7 +158,7 @@ def _is_causal(model: nn.Module, name: str, module: nn.Module) -> bool:
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         owner = model.get_submodule(".".join(parts[:depth]))
-        made = set(_names_in(getattr(_own_class(owner), "forward", None)))
+        made = set(names_in(getattr(_own_class(owner), "forward", None)))
         ways = {bool(made & CAUSAL_FACTORIES), bool(made & BIDIRECTIONAL_FACTORIES)}
         if getattr(owner, "config", None) is module.config and len(ways) == 2:
             causal = bool(made & CAUSAL_FACTORIES)

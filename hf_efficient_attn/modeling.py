@@ -17,14 +17,14 @@ from functools import cache
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
-from .hosts import cache_argument
+from .hosts import cache_argument, names_in
 from .registry import get_info
 from .swapping import as_list, exchange_maps, is_patched, loading, plan, revert_layers, saved_form, swap_layers
 
@@ -59,6 +59,11 @@ class EfficientModelMixin(StateMixin):
     """A model whose layers are patched as soon as it is built from an `Efficient...Config`."""
 
     dense_class: type[PreTrainedModel]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether Transformers takes the class for a user's own, whose buffers it does not make anew; asked since 5.20."""
+        return cls.dense_class.is_custom_code()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         choices = getattr(config, FIELD, None)
@@ -203,6 +208,12 @@ def add_auxiliary_loss(model: PreTrainedModel, args: tuple, kwargs: dict, output
     extra = auxiliary_loss(model)
     if extra is None:
         return None
+    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    shared = "loss_function" in names_in(type(model).forward)  # the model's own loss is divided by `items`
+    if (
+        shared and isinstance(labels, Tensor) and items is not None
+    ):  # of several batches, whose losses a Trainer adds up
+        extra = extra * ((labels != -100).sum().to(extra) / items)
     if isinstance(output, tuple):
         return output[0] + extra, *output[1:]
     output.loss = output.loss + extra
@@ -256,11 +267,23 @@ def efficient_model_class(
             "dense_class": dense_class,
             "config_class": config_class,
         }
+        if not own:
+            members["__reduce_ex__"] = _reduce_shared
         cls = type(name, (EfficientModelMixin, dense_class), members)
         setattr(sys.modules[__name__], name, cls)
         cls.config_class = config_class  # Transformers sets it anew for every subclass
         _MODEL_CLASSES[key] = cls
     return _MODEL_CLASSES[key]
+
+
+def _reduce_shared(self, protocol):
+    """Pickled and copied by the two classes that it was made from: the class is no attribute of this module elsewhere."""
+    return _remake_shared, (type(self).dense_class, type(self).config_class.dense_class), self.__dict__.copy()
+
+
+def _remake_shared(dense_class: type[PreTrainedModel], dense_config: type[PreTrainedConfig]) -> PreTrainedModel:
+    cls = efficient_model_class(dense_class, dense_config)
+    return cls.__new__(cls)
 
 
 @cache
@@ -293,10 +316,15 @@ def _register_models(dense_config: type[PreTrainedConfig], config: type[PreTrain
         if dense_config not in mapping._extra_content and dense_config.model_type not in mapping._model_mapping:
             continue
         found = mapping[dense_config]
-        for dense in found if isinstance(found, tuple) else (found,):
-            if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
-                auto.register(config, efficient_model_class(dense, dense_config), exist_ok=True)
-                break
+        classes = tuple(
+            efficient_model_class(dense, dense_config)
+            for dense in (found if isinstance(found, tuple) else (found,))
+            if isinstance(dense, type) and issubclass(dense, PreTrainedModel)
+        )
+        if classes:
+            auto.register(config, classes[0], exist_ok=True)
+        if len(classes) > 1:  # of which a checkpoint names one
+            mapping.register(config, classes, exist_ok=True)
 
 
 def _share_tables(dense_type: str, efficient_type: str) -> None:

@@ -50,6 +50,7 @@ def patch_model(
             cannot be, or a combination that cannot work. The model is unchanged then.
     """
     base = base_model(model)
+    _refuse_distributed(model)
     if isinstance(variant, Mapping) and "variant" not in variant:
         if layers is not None or hyper:
             raise ValueError("a mapping names its own layers and hyper-parameters; leave out `layers` and keywords.")
@@ -69,6 +70,16 @@ def patch_model(
         )
     adopt(base, choices, model)
     return model
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    """Wrappers that share out parameters know those that were there, and put classes of their own into the model."""
+    names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    found = names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    if found:
+        raise ValueError(
+            f"the model is distributed already ({', '.join(found)}): patch, and unpatch, before it is wrapped."
+        )
 
 
 def _whole_of(base: PreTrainedModel) -> PreTrainedModel | None:
@@ -92,6 +103,7 @@ def unpatch_model(model: Model) -> Model:
         ValueError: the model is not patched.
     """
     base = base_model(model)
+    _refuse_distributed(model)
     if not is_patched(base):
         raise ValueError(f"{type(base).__name__} is not patched.")
     release(base)

@@ -193,7 +193,8 @@ def _build(model: PreTrainedModel, config: VariantConfig, host: Host | FeedForwa
         if weights[0].device.type == "meta" and hooked:
             raise ValueError(f"{layer} is offloaded; patch the model before its weights are.")
         dtype = next((x.dtype for x in weights if x.dtype in FLOATS), model.dtype)  # quantised layers may have none
-        variant = variant.to(device=weights[0].device, dtype=dtype)
+        device = next((x.device for x in weights if x.device.type == "meta"), weights[0].device)
+        variant = variant.to(device=device, dtype=dtype)
     if isinstance(host, FeedForward):
         variant.take_over(host.maps)
     return variant.train(host.module.training)
@@ -257,13 +258,17 @@ def exchange_maps(owners: Iterable[nn.Module]) -> None:
         variant = getattr(owner, CHILD, None)
         for path in variant.host.maps if isinstance(variant, EfficientFeedForward) else ():
             module = owner.get_submodule(path)
-            if isinstance(module, PatchedLinear):
+            if isinstance(module, PatchedLinear) or hasattr(module, "base_layer"):  # an adapter, which speaks up itself
                 continue
-            if not is_linear_map(type(module)):
+            try:
+                if not is_linear_map(type(module)):
+                    raise TypeError
+                _exchange(module)
+            except TypeError as error:  # also of a class that has no room for another
                 raise ValueError(
-                    f"a patched feed-forward cannot be served by a {type(module).__name__}, as {path!r} is."
-                )
-            _exchange(module)
+                    f"a patched feed-forward cannot be served by a {type(module).__name__}, as {path!r} is; of quantisers, "
+                    "bitsandbytes' maps can."
+                ) from error
             setattr(module, FEED_FORWARD, (owner, path))
 
 

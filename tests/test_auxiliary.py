@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -141,3 +142,26 @@ def test_the_model_s_loss_includes_the_layers_losses(counting) -> None:
     torch.testing.assert_close(own, layers[0].gate.grad + 3)
     unpatch_model(model.train())
     torch.testing.assert_close(model(**inputs, labels=labels, use_cache=False).loss, plain)
+
+
+def test_a_model_is_copied_while_a_loss_waits():
+    model = patch_model(ZOO["bert"].build(), "moe").train()
+    inputs = ZOO["bert"].inputs()
+    loss = model(**inputs).logits.sum()
+    copied = copy.deepcopy(model)
+    assert auxiliary_loss(copied) is None and auxiliary_loss(model) is not None
+    loss.backward()
+
+
+def test_batches_whose_losses_are_added_up_share_the_auxiliary_loss():
+    """As a Trainer does that accumulates: it says of how many tokens the sum is a mean."""
+    inputs = ZOO["llama"].inputs()
+    labels = inputs["input_ids"].masked_fill(torch.arange(20) < 5, -100)
+    items, found = 4 * int((labels != -100).sum()), {}
+    for balance in (0.0, 1.0):
+        model = patch_model(ZOO["llama"].build(), "moe", balance=balance).train()
+        losses = [model(**inputs, labels=labels, **more).loss for more in ({}, {"num_items_in_batch": items})]
+        found[balance] = torch.stack(losses)
+    whole, part = found[1.0] - found[0.0]
+    assert whole > 0.5
+    assert part.item() == pytest.approx(whole.item() / 4, rel=1e-4)

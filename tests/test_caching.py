@@ -12,6 +12,8 @@ from zoo import ZOO
 
 from hf_efficient_attn import patch_model
 from hf_efficient_attn.caching import SPARE, AttentionState, TokenStore, pick
+from hf_efficient_attn.registry import build, get_config_class
+from hf_efficient_attn.variant import HostShape
 
 VARIANTS = {
     "flash": {},
@@ -277,3 +279,74 @@ def test_padding_that_begins_in_a_call_of_which_part_is_taken_back():
     cache.crop(-10)
     assert cache.layers[0].count.tolist() == [20, 17]
     assert_close(read(20, 40), expected[:, 20:])
+
+
+@torch.no_grad()
+def test_a_long_call_leaves_no_room_behind():
+    """A second turn of a chat: what a window keeps is as much as if all had come at once."""
+    module = build(get_config_class("sliding_window").from_kwargs(window=8), HostShape(2, 2, 4, 8, True))
+
+    def held(*sizes: int) -> int:
+        state = module.make_state()
+        for size in sizes:
+            q, k, v = (torch.randn(1, 2, size, 4) for _ in range(3))
+            state.update(k, v)
+            module(q, k, v, scaling=0.5, causal=True, state=state)
+        return state.nbytes
+
+    assert held(4, 4000, 1) == held(4004, 1) < 10_000
+
+
+@torch.no_grad()
+def test_room_is_let_go_of_with_what_it_was_behind():
+    store, x = TokenStore(), torch.randn(2, 1, 40, 4)
+    store.extend(x, x)
+    for change in (lambda: store.map_tensors(lambda x: x[[1, 0]]), lambda: store.crop_to(30)):
+        store.extend(x[:, :, :1], x[:, :, :1])
+        assert store.rooms
+        change()
+        assert not store.rooms
+
+
+def test_what_a_graph_needs_is_not_written_to_later():
+    module = build(
+        get_config_class("linformer").from_kwargs(rank=4, max_length=64, segment_size=4), HostShape(2, 2, 4, 8, True)
+    )
+    state = module.make_state()
+
+    def call(size: int) -> torch.Tensor:
+        q, k, v = (torch.randn(1, 2, size, 4) for _ in range(3))
+        state.update(k, v)
+        return module(q.requires_grad_(), k, v, scaling=0.5, causal=True, state=state)
+
+    with torch.no_grad():
+        call(16)
+    output = call(2)
+    with torch.no_grad():
+        call(8)
+    output.sum().backward()
+
+
+def test_more_than_was_read_is_not_taken_back():
+    module = build(get_config_class("flash")(), HostShape(2, 2, 4, 8, True))
+    state, (q, k, v) = module.make_state(), (torch.randn(1, 2, 3, 4) for _ in range(3))
+    state.update(k, v)
+    module(q, k, v, scaling=0.5, causal=True, state=state)
+    with pytest.raises(ValueError, match="cannot take 7 tokens back"):
+        state.crop(-7)
+    state.crop(-2)
+    assert state.seen == state.count == 1
+
+
+def test_an_empty_store_is_picked_from():
+    empty = torch.randn(2, 3, 0, 4)
+    with torch.no_grad():
+        assert pick(empty, torch.zeros(2, 3, 0, dtype=torch.int64)).shape == (2, 3, 0, 4)
+
+
+def test_an_offloaded_cache_is_refused():
+    model = patch_model(ZOO["llama"].build(), "sliding_window", window=4)
+    cache = DynamicCache()
+    cache.offloading = True  # which needs an accelerator to be made
+    with pytest.raises(ValueError, match="an offloaded cache"):
+        model(ZOO["llama"].inputs()["input_ids"], past_key_values=cache)

@@ -188,3 +188,26 @@ def test_sentence_transformer_trains(sentences: SentenceTransformer):
     added = {n: p for n, p in sentences.named_parameters() if ".efficient_attn." in n}
     assert added
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in added.values())
+
+
+def test_a_gate_is_brought_in_from_where_it_is_offloaded():
+    model = patch_model(ZOO["llama"].build(), "rfa", num_features=8, gate=True)
+    inputs = ZOO["llama"].inputs()
+    expected = output(model, inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(output(model, inputs), expected)
+
+
+def test_a_wrapper_that_shares_out_parameters_is_refused():
+    class DistributedDataParallel(torch.nn.Module):  # a process group is more than its name asks for
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = ZOO["llama"].build()
+    with pytest.raises(ValueError, match="distributed already"):
+        patch_model(DistributedDataParallel(model), "linformer")
+    assert not [key for key in model.state_dict() if "efficient" in key]
+    patch_model(model, "linformer")
+    with pytest.raises(ValueError, match="before it is wrapped"):
+        unpatch_model(DistributedDataParallel(model))

@@ -18,7 +18,7 @@ from hf_efficient_attn import (
     measuring,
 )
 from hf_efficient_attn.ops.tiles import best_blocks
-from hf_efficient_attn.registry import available_variants, build
+from hf_efficient_attn.registry import available_variants, build, get_config_class
 
 needs_compiler = pytest.mark.skipif(kernels.load("chosen_blocks") is None, reason="no C compiler here")
 
@@ -224,3 +224,26 @@ def test_other_threads_are_in_the_callers_mode(calls, monkeypatch, config, mode)
         calls.clear()
         assert torch.equal(module(*given, scaling=0.2, causal=True), want)
     assert calls
+
+
+class _Lost(torch.autograd.Function):
+    """The identity, which gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("variant", available_variants("attention"))
+def test_a_gradient_that_does_not_arrive_is_none_or_zero(variant):
+    config = get_config_class(variant).tiny(True)
+    module = build(config, HostShape(2, 2, 16, 32, True)).train()
+    args = [torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3)]
+    extra = {"hidden": torch.randn(1, 40, 32)} if module.needs_hidden else {}
+    output = module(*args, scaling=0.25, causal=True, **extra)
+    (_Lost.apply(output).sum() + sum(x.sum() for x in args)).backward()
+    assert all((x.grad == 1).all() for x in args)

@@ -489,3 +489,40 @@ def test_classes_can_be_imported_by_name(tmp_path: Path):
     assert isinstance(direct, type(AutoModelForCausalLM.from_pretrained(directory)))
     with pytest.raises(AttributeError, match="EfficientLamaForCausalLM"):
         _ = modeling.EfficientLamaForCausalLM
+
+
+def test_buffers_that_transformers_makes_anew_while_loading(tmp_path: Path):
+    """Falcon-H1's first module fills buffers of others, which Transformers leaves out for what it takes for a user's class."""
+    config = transformers.FalconH1Config(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+    )  # fmt: skip
+    model = patch_model(transformers.FalconH1ForCausalLM(config), "block", block_size=4).eval()
+    assert not type(model).is_custom_code()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffers[name], x) for name, x in model.named_buffers())
+
+
+def test_one_of_several_classes_for_a_task(tmp_path: Path):
+    config = transformers.DeiTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    model = patch_model(transformers.DeiTForImageClassificationWithTeacher(config), "block", block_size=4).eval()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    pixels = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    assert torch.equal(output(loaded, pixels), output(model, pixels))
+
+
+def test_weights_that_are_made_on_a_cpu_while_a_model_is_loaded(tmp_path: Path):
+    config = transformers.DiffLlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=1,
+    )  # fmt: skip
+    model = patch_model(transformers.DiffLlamaForCausalLM(config), "linformer", rank=8, max_length=32).eval()
+    model.save_pretrained(tmp_path)
+    inputs = ZOO["llama"].inputs() | {"use_cache": False}
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), output(model, inputs))

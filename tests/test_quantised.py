@@ -109,3 +109,21 @@ def test_adapters_and_new_parameters_learn_together(tmp_path: Path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_patched_part_of_a_model_that_is_loaded_quantised(tmp_path: Path):
+    bert, gpt2 = transformers.BertModel(ZOO["bert"].config()), ZOO["gpt2"].build(add_cross_attention=True)
+    with torch.no_grad():
+        patch_model(gpt2, "moe", num_experts=2)
+        for parameter in own(gpt2).values():
+            parameter.mul_(-1.5)
+    model = transformers.EncoderDecoderModel(encoder=bert, decoder=gpt2).eval()
+    model.save_pretrained(tmp_path)
+    quantiser = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    loaded = transformers.EncoderDecoderModel.from_pretrained(tmp_path, quantization_config=quantiser).eval()
+    ids = ZOO["bert"].inputs()["input_ids"]
+    given = {"input_ids": ids, "decoder_input_ids": ids}
+    with torch.no_grad():
+        exact, found = model(**given).logits, loaded(**given).logits
+        plain = unpatch_model(model.decoder) and model(**given).logits
+    assert (found - exact).norm() < 0.6 * (found - plain).norm()

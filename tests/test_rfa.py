@@ -173,3 +173,23 @@ def test_sums_are_kept_once_a_span_however_fast_the_gate(bias):
         module(*args, hidden=hidden, scaling=1.0, causal=True)
     sums, inputs = 4 * 2 * 64 * 17 * (1024 // 256), sum(x.nbytes for x in args)
     assert sums < sum(kept.values()) < sums + 3 * inputs
+
+
+def test_gradients_of_a_gate_go_through_a_state():
+    torch.manual_seed(0)
+    module = make(heads=2, num_features=12, gate=True).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    args = [torch.randn(1, 2, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    hidden = torch.randn(1, 20, 16, dtype=torch.float64, requires_grad=True)
+    leaves, slope = (*args, hidden, *module.parameters()), torch.randn(1, 2, 20, 8, dtype=torch.float64)
+    state, outputs = module.make_state(), []
+    for place in (slice(0, 12), slice(12, 20)):
+        part = [x[:, :, place] for x in args]
+        state.update(*part[1:])
+        outputs.append(module(*part, hidden=hidden[:, place], scaling=1.0, causal=True, state=state))
+    full = module(*args, hidden=hidden, scaling=1.0, causal=True)
+    grads = [torch.autograd.grad((x * slope).sum(), leaves) for x in (torch.cat(outputs, 2), full)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)

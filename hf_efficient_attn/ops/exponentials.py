@@ -117,6 +117,6 @@ class _Exponentials(torch.autograd.Function):
     def backward(ctx, grad, *_):
         *given, kept, output, normaliser = ctx.saved_tensors
         found = [x.new_empty(x.shape) for x in given]
-        saved = output, normaliser, grad
+        saved = output, normaliser, torch.zeros_like(output) if grad is None else grad
         ctx.plan.run(ctx.plan.library.exponentials_backward, given, (kept,), saved, found)
         return None, *found

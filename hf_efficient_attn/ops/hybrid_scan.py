@@ -179,6 +179,7 @@ class _Hybrid(torch.autograd.Function):
         *given, kept, output, normaliser = ctx.saved_tensors
         query, *near, query_map, key_map, gate = given
         plan, (batch, groups) = ctx.plan, kept.shape[:2]
+        grad = torch.zeros_like(output) if grad is None else grad
         maps = (x.new_zeros(batch, *x.shape) for x in (query_map, key_map, gate))
         results = [query.new_empty(query.shape), *(x.new_zeros(x.shape) for x in near), *maps]
 

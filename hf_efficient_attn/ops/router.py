@@ -17,19 +17,30 @@ from .draws import normal, source
 
 class Router(nn.Module):
     """
-    hidden (..., E) -> logits (..., choices), without bias. Weights start normal with standard deviation `deviation`, drawn
-    from the seed and the layer's number.
+    hidden (..., E) -> logits (..., choices). Weights start normal with standard deviation `deviation`, drawn from the seed
+    and the layer's number; a bias, if there is to be one, as `bias`.
     """
 
-    def __init__(self, hidden_size: int, choices: int, *, seed: int, layer: int, deviation: float = 0.02) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        choices: int,
+        *,
+        seed: int = 0,
+        layer: int = 0,
+        deviation: float = 0.02,
+        bias: float | None = None,
+    ) -> None:
         super().__init__()
         start = deviation * normal(source(seed, layer), choices, hidden_size)
         self.weight = nn.Parameter(start.to(torch.get_default_dtype()))
+        self.bias = None if bias is None else nn.Parameter(torch.full((choices,), bias))
 
     def forward(self, hidden: Tensor) -> Tensor:
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear(hidden.to(accurate), self.weight.to(accurate))
+            bias = None if self.bias is None else self.bias.to(accurate)
+            return linear(hidden.to(accurate), self.weight.to(accurate), bias)
 
 
 def best(scores: Tensor, count: int) -> Tensor:

@@ -51,6 +51,11 @@ class AdaptiveConfig(EfficientAttentionConfig):
     def validate(self) -> None:
         if not self.candidates:
             raise ValueError("AdaptiveConfig.candidates is empty: give at least one variant.")
+        if any(getattr(candidate, "sharing", None) == "layerwise" for candidate in self.candidates):
+            raise ValueError(
+                "AdaptiveConfig.candidates: a linformer with sharing = 'layerwise' has one projection for all layers, which "
+                "choose apart. Give it sharing = 'headwise', 'key-value' or 'none'."
+            )
         if self.final_temperature > self.temperature:
             raise ValueError(
                 f"AdaptiveConfig.final_temperature = {self.final_temperature} is above temperature = {self.temperature}: the "
@@ -146,12 +151,6 @@ class AdaptiveAttention(EfficientAttention):
     def resolve(cls, config: AdaptiveConfig, host: HostShape) -> AdaptiveConfig:
         resolved = [get_info(own.name).module_class.resolve(own, host) for own in config.candidates]
         return replace(config, candidates=resolved)
-
-    @classmethod
-    def tie_parameters(cls, modules: list[AdaptiveAttention]) -> None:
-        for c in modules[0].parts:
-            parts = [module.parts[c] for module in modules]
-            type(parts[0]).tie_parameters(parts)
 
     def groups(self) -> dict[int, list[int]]:
         """Candidate -> the key/value heads that it serves, for those that serve any."""

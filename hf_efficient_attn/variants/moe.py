@@ -167,8 +167,11 @@ class MixtureOfExperts(EfficientFeedForward):
 
 
 def _by_expert(maps: list[Callable[[Tensor], Tensor]], rows: Tensor, counts: list[int]) -> Tensor:
-    """Each map on its stretch of the rows; also on an empty one, so that every parameter is part of every step."""
-    return torch.cat([map_(part) for map_, part in zip(maps, rows.split(counts), strict=True)])
+    """Each map on its stretch of the rows; in training also on an empty one, so that every parameter is part of a step."""
+    pieces = list(zip(maps, rows.split(counts), strict=True))
+    if not torch.is_grad_enabled():
+        pieces = [piece for piece in pieces if len(piece[1])] or pieces[:1]
+    return torch.cat([map_(part) for map_, part in pieces])
 
 
 def _spread(rows: Tensor, route: Route, k: int) -> Tensor:

@@ -78,7 +78,8 @@ class PerformerAttention(EfficientAttention):
         self._open: weakref.WeakSet[_Open] = weakref.WeakSet()
 
     def __getstate__(self) -> dict:
-        return {name: x for name, x in self.__dict__.items() if name != "_open"}  # belongs to graphs, which stay behind
+        state = super().__getstate__()
+        return {name: x for name, x in state.items() if name != "_open"}  # belongs to graphs, which stay behind
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -31,6 +31,7 @@ from ..config import EfficientAttentionConfig, option
 from ..ops.chunked_scan import Weights, attend_linearly
 from ..ops.draws import normal, source
 from ..ops.features import Features, project
+from ..ops.router import Router
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 
@@ -75,9 +76,7 @@ class RfaAttention(EfficientAttention):
         self.register_buffer("directions", directions.bfloat16().to(torch.get_default_dtype()))
         self.log_scale = nn.Parameter(torch.zeros(host.num_kv_heads))
         if self.needs_hidden:
-            self.gate = nn.Module()  # no nn.Linear, which a quantiser of the model's maps would take for one of them
-            self.gate.weight = nn.Parameter(torch.zeros(host.num_kv_heads, host.hidden_size))
-            self.gate.bias = nn.Parameter(torch.full((host.num_kv_heads,), 6.0))
+            self.gate = Router(host.hidden_size, host.num_kv_heads, deviation=0.0, bias=6.0)
 
     @property
     def needs_hidden(self) -> bool:
@@ -114,8 +113,7 @@ class RfaAttention(EfficientAttention):
         Of the tokens, counted from the call's start on; and the logarithm (B, G) of the share that the call leaves of the
         sums before it.
         """
-        with torch.autocast(hidden.device.type, enabled=False):  # sums of many logarithms
-            given = nn.functional.linear(hidden, self.gate.weight.to(hidden), self.gate.bias.to(hidden)).mT
+        given = self.gate(hidden).mT
         log_left = logsigmoid(given).cumsum(2)
         all_left = (
             log_left if state is None else log_left + state.entries.get("log_left", log_left.new_zeros(1))[..., None]
