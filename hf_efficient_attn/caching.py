@@ -135,10 +135,17 @@ class Room:
         """Whether it is not much larger than what it shows."""
         return self.tensor.shape[2] <= 2 * (self.view.shape[2] + SPARE)
 
-    def append(self, new: Tensor) -> None:
-        begin, self.end = self.end - self.view.shape[2], self.end + new.shape[2]
-        self.tensor[:, :, self.end - new.shape[2] : self.end] = new
+    def append(self, new: Tensor, stored: Count) -> None:
+        """New tokens (B, G, N, D) at slots stored.. of the view, which grows by N; a row may have stored fewer than others."""
+        size, n = self.view.shape[2], new.shape[2]
+        begin, self.end = self.end - size, self.end + n
         self.view = self.tensor[:, :, begin : self.end]
+        if isinstance(stored, int):
+            self.view[:, :, size:] = new
+            return
+        self.view[:, :, size:] = 0  # of no use in shorter rows, but a number
+        slots = stored[:, None] + torch.arange(n, device=new.device)
+        self.view.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
 class TokenStore(Node):
@@ -166,24 +173,27 @@ class TokenStore(Node):
         first, count = entries["first"], entries["count"]
         stored = count - first
         if entries["key"] is not None:
-            size = entries["key"].shape[2]
-            key, value = self._appended("key", key), self._appended("value", value)
-            if isinstance(stored, Tensor):  # rows end at different slots: close the gap
-                slots = torch.arange(size + n, device=key.device)
-                source = torch.where(slots < stored[:, None], slots, slots + size - stored[:, None])
-                key, value = take(key, source.clamp_max(size + n - 1)), take(value, source.clamp_max(size + n - 1))
+            key, value = self._appended("key", key, stored), self._appended("value", value, stored)
         added = n if lengths is None else lengths
         entries.update(key=key, value=value, count=count + added)
         return Buffer(key, value, first, stored, stored + added)
 
-    def _appended(self, name: str, new: Tensor) -> Tensor:
-        """What is stored and `new` behind it: without gradients in spare room, so that a token does not copy all before it."""
+    def _appended(self, name: str, new: Tensor, stored: Count) -> Tensor:
+        """
+        What is stored and `new` behind it, in each row: without gradients in spare room, so that a token does not copy all
+        before it. Slots that it fills were of no use to an earlier state.
+        """
         old, room = self.entries[name], self.rooms.pop(name, None)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or old.dtype != new.dtype:
-            return torch.cat([old, new], 2)
+            both, size = torch.cat([old, new], 2), old.shape[2]
+            if isinstance(stored, int):
+                return both
+            slots = torch.arange(both.shape[2], device=new.device)  # rows end at different ones: close the gap
+            source = torch.where(slots < stored[:, None], slots, slots + size - stored[:, None])
+            return take(both, source.clamp_max(both.shape[2] - 1))
         if room is None or room.view is not old or not room.takes(new):
             room = Room.around(old, new.shape[2])
-        room.append(new)
+        room.append(new, stored)
         self.rooms[name] = room
         return room.view
 

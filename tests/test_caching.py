@@ -350,3 +350,21 @@ def test_an_offloaded_cache_is_refused():
     cache.offloading = True  # which needs an accelerator to be made
     with pytest.raises(ValueError, match="an offloaded cache"):
         model(ZOO["llama"].inputs()["input_ids"], past_key_values=cache)
+
+
+def test_rows_of_different_lengths_take_tokens_where_they_end():
+    """Without gradients in spare room, with them by a copy: the same to whoever reads slots that are in use."""
+    stores, memory = (TokenStore(), TokenStore()), set()
+    for n, lengths in ((6, [6, 3]), (1, None), (4, [2, 4]), (1, [0, 1]), (1, None), (1, None)):
+        x, real = torch.randn(2, 3, n, 4), None if lengths is None else torch.tensor(lengths)
+        with torch.no_grad():
+            inside = stores[0].extend(x, -x, real)
+            stores[0].own()
+        outside = stores[1].extend(x, -x, real)
+        used = torch.ones(2, inside.key.shape[2], dtype=torch.bool) if inside.used is None else inside.used
+        assert torch.equal(inside.length, outside.length) and inside.key.isfinite().all()
+        for ours, theirs in ((inside.key, outside.key), (inside.value, outside.value)):
+            assert torch.equal(ours.mT[..., used[0]][0], theirs.mT[..., used[0]][0])
+            assert torch.equal(ours.mT[..., used[1]][1], theirs.mT[..., used[1]][1])
+        memory.add(inside.key.untyped_storage().data_ptr())
+    assert len(memory) == 2  # the first call's own, and the room made by the second
