@@ -25,9 +25,8 @@ from .variant import EfficientAttention
 NAME = "efficient_attention"
 CHILD = "efficient_attn"  # the variant, a child of the patched module
 PREVIOUS = "_dense_implementation"  # on every dispatching module of a patched model: what it ran before
-FEED_FORWARD = (
-    "_efficient_feed_forward"  # on a layer's attention and linear maps: the owner of its patched feed-forward
-)
+# The owner of a patched feed-forward: on its linear maps with their path, on its layer's attention with what sees to the maps.
+FEED_FORWARD = "_efficient_feed_forward"
 CALL = "efficient_attn_call"  # the keyword argument that carries a `Call` through the host's forward
 
 
@@ -73,13 +72,13 @@ def efficient_attention_forward(
     """
     call = kwargs.pop(CALL, None)
     beside = getattr(module, FEED_FORWARD, None)
-    if beside is not None and not torch.compiler.is_compiling():
-        from .swapping import exchange_maps  # which is built on this file
-
-        exchange_maps(beside)  # a quantiser may have put others there while a model around this one was loaded
-    if beside is not None and module.training:
-        batch, _, n, _ = query.shape
-        getattr(beside[0], CHILD).note_tokens(batch, n, real_tokens(attention_mask, n))
+    if beside is not None:
+        owner, see_to_maps = beside
+        if not torch.compiler.is_compiling():
+            see_to_maps([owner])  # a quantiser may have put others there while a model around this one was loaded
+        if module.training:
+            batch, _, n, _ = query.shape
+            getattr(owner, CHILD).note_tokens(batch, n, real_tokens(attention_mask, n))
     variant: EfficientAttention | None = getattr(module, CHILD, None)
     if variant is None:
         if is_causal is not None:

@@ -224,7 +224,7 @@ def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | No
     for swap in swaps:
         swap.host.module.add_module(CHILD, swap.variant)
         if isinstance(swap.host, FeedForward):
-            setattr(swap.host.attention, FEED_FORWARD, (swap.host.module,))
+            setattr(swap.host.attention, FEED_FORWARD, (swap.host.module, exchange_maps))
         else:
             _exchange(swap.host.module)
     if not _loading.get():
