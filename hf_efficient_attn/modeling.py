@@ -209,10 +209,8 @@ def add_auxiliary_loss(model: PreTrainedModel, args: tuple, kwargs: dict, output
     if extra is None:
         return None
     labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-    shared = "loss_function" in names_in(type(model).forward)  # the model's own loss is divided by `items`
-    if (
-        shared and isinstance(labels, Tensor) and items is not None
-    ):  # of several batches, whose losses a Trainer adds up
+    shared = "loss_function" in names_in(type(model).forward)  # the model's own loss is divided by `items` then
+    if shared and isinstance(labels, Tensor) and items is not None:  # those of batches whose losses a Trainer adds up
         extra = extra * ((labels != -100).sum().to(extra) / items)
     if isinstance(output, tuple):
         return output[0] + extra, *output[1:]

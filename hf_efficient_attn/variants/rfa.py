@@ -93,12 +93,9 @@ class RfaAttention(EfficientAttention):
             if state is not None:  # weights are counted from the end of the call on
                 state.entries["log_left"] = state.entries.get("log_left", 0) + log_left
                 state.entries["top"] = state.entries["top"] + log_left.detach()[..., None]
-                if (
-                    log_left.requires_grad
-                ):  # a logarithm that the sums are relative to gets no gradient: they do, times 1
-                    state.entries["total"] = (
-                        state.entries["total"] * (log_left - log_left.detach()).exp()[..., None, None]
-                    )
+                if log_left.requires_grad:  # the logarithm that sums are relative to gets no gradient; they do, times 1
+                    one = (log_left - log_left.detach()).exp()
+                    state.entries["total"] = state.entries["total"] * one[..., None, None]
             return output
         if causal:
             keys = column(0 if state is None else state.count) + torch.arange(1, n + 1, device=query.device)
