@@ -6,6 +6,7 @@ Everything is measured, nothing is estimated, and nothing is printed. Sizes are 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache
 
 from . import kernels
@@ -116,7 +117,7 @@ def count_flops(fn: Callable[[], Any]) -> int:
     fused attention kernel counts all queries x keys also where it is causal, as `torch.utils.flop_counter` does for all
     its kernels.
     """
-    with kernels.off(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS) as counter:
+    with kernels.off(), FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
         fn()
     return int(counter.get_total_flops())
 
@@ -297,15 +298,19 @@ def _seconds(fn: Callable[[], Any], device: torch.device | str) -> float:
 
 
 def _attention_flops(query, key, value, *_args, out_shape=None, **_kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
+    """Of shapes (B, H, N, D), (B, G, M, D), (B, G, M, E): logits and what they weigh."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
 
 
 def _attention_backward_flops(grad, query, key, value, *_args, out_shape=None, **_kwargs) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    """Logits again, and the gradients of values, weights, queries and keys."""
+    return 2 * math.prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
 
 
-# PyTorch's own counter knows the CUDA kernels only and counts the CPU's fused attention as nothing.
-_CPU_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+# PyTorch's own counter takes the CPU's fused attention for nothing, and until 2.12 refuses fewer key heads than query heads.
+_KINDS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_ATTENTION_FLOPS = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{end}"): count
+    for kind in _KINDS
+    for end, count in (("", _attention_flops), ("_backward", _attention_backward_flops))
 }

@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import GPT2Config, GPT2LMHeadModel
 from zoo import ZOO
 
 from benchmarks import decoding
-from hf_efficient_attn import kernels, patch_model
+from hf_efficient_attn import kernels, measuring, patch_model
 from hf_efficient_attn.measuring import (
     cache_bytes,
     count_flops,
@@ -195,3 +196,17 @@ def test_the_benchmark_of_decoding(tmp_path):
     assert all(row["value"] > 0 for row in rows)
     with pytest.raises(SystemExit):
         decoding.main(["--variants", "block", *asked])
+
+
+def test_flops_of_fused_attention_are_pytorch_s():
+    """With fewer key heads as well, which PyTorch's own count knows since 2.12."""
+    query, few = (2, 4, 7, 8), (2, 2, 9, 8)
+    many = (2, 4, 9, 8)
+    assert measuring._attention_flops(query, many, many) == sdpa_flop_count(query, many, many)
+    assert measuring._attention_backward_flops(query, query, many, many) == sdpa_backward_flop_count(
+        query, query, many, many
+    )
+    assert measuring._attention_flops(query, few, few) == measuring._attention_flops(query, many, many)
+    assert measuring._attention_backward_flops(query, query, few, few) == 2.5 * measuring._attention_flops(
+        query, few, few
+    )
