@@ -307,7 +307,7 @@ def _attention_backward_flops(grad, query, key, value, *_args, out_shape=None, *
     return 2 * math.prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
 
 
-# PyTorch's own counter takes the CPU's fused attention for nothing, and until 2.12 refuses fewer key heads than query heads.
+# PyTorch's own counter takes the CPU's fused attention for nothing, and in 2.11 refuses fewer key heads than query heads.
 _KINDS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _ATTENTION_FLOPS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{end}"): count

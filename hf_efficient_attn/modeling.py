@@ -62,7 +62,7 @@ class EfficientModelMixin(StateMixin):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Whether Transformers takes the class for a user's own, whose buffers it does not make anew; asked since 5.20."""
+        """Whether Transformers takes the class for a user's own, whose buffers it does not make anew."""
         return cls.dense_class.is_custom_code()
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

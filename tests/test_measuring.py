@@ -199,7 +199,7 @@ def test_the_benchmark_of_decoding(tmp_path):
 
 
 def test_flops_of_fused_attention_are_pytorch_s():
-    """With fewer key heads as well, which PyTorch's own count knows since 2.12."""
+    """With fewer key heads as well, which PyTorch's own count refuses in 2.11."""
     query, few = (2, 4, 7, 8), (2, 2, 9, 8)
     many = (2, 4, 9, 8)
     assert measuring._attention_flops(query, many, many) == sdpa_flop_count(query, many, many)
