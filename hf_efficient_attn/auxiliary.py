@@ -5,6 +5,9 @@ auxiliary losses (load balance), which are added to the model's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,7 @@ class AuxiliaryLearner(nn.Module):
         super().__init__()
         self._observed: dict[str, Tensor] | None = None
         self._loss: Tensor | None = None
+        self._share: float | Tensor | None = None  # of a call's tokens, while it is read in parts
 
     def __getstate__(self) -> dict:
         """Without what waits for a backward pass: it belongs to a graph, which is not copied."""
@@ -28,12 +32,37 @@ class AuxiliaryLearner(nn.Module):
     def observe(self, **sums: Tensor) -> None:
         """Notes this forward's sums; ignored in eval."""
         if self.training:
-            self._observed = {name: x.detach() for name, x in sums.items()}
+            earlier = {} if self._share is None else self._observed or {}
+            self._observed = {name: earlier.get(name, 0) + x.detach() for name, x in sums.items()}
 
     def add_loss(self, loss: Tensor) -> None:
         """A scalar to add to the model's loss; ignored in eval, and where no gradient comes of it."""
         if self.training and loss.requires_grad:
+            loss = loss if self._share is None else loss * self._share
             self._loss = loss if self._loss is None else self._loss + loss
+
+    @contextmanager
+    def in_parts(self, attend: Callable[..., Tensor], tokens: int) -> Iterator[Callable[..., Tensor]]:
+        """
+        attend(query (B, H, N, D), *others, lengths (B,) or None) for a call of so many tokens that is read in parts: sums are
+        added up, and a loss counts by the tokens of its part.
+        """
+        learners = [module for module in self.modules() if isinstance(module, AuxiliaryLearner)]
+
+        def attend_part(query: Tensor, *rest: Tensor | None) -> Tensor:
+            lengths = rest[-1]
+            read = query.shape[0] * query.shape[2] if lengths is None else lengths.sum()
+            for learner in learners:
+                learner._share = read / tokens
+            return attend(query, *rest)
+
+        for learner in learners:
+            learner._observed = None  # of a forward that is computed again
+        try:
+            yield attend_part
+        finally:
+            for learner in learners:
+                learner._share = None
 
     def update_statistics(self, **sums: Tensor) -> None:
         """What `observe` was given, over all processes. Assign new buffers; a stored one may belong to a graph."""

@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
 from .hosts import HostCode, cache_argument, hidden_input, other_source
-from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding, real_tokens
-from .ops.rows import Rows
+from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding, real_tokens, texts_of
+from .ops.rows import Rows, Texts
 from .variant import EfficientAttention
 
 NAME = "efficient_attention"
@@ -48,7 +48,6 @@ REFUSED_ARGUMENTS = {
     "block_indices": "the architecture chooses the tokens that are attended to (block_indices)",
     "position_bias": "a position bias is added to the logits",
     "cache": "the cache is paged (continuous batching)",
-    "cu_seq_lens_q": "sequences are packed (cu_seq_lens)",
     "block_mask": "a block mask is given",
 }
 
@@ -116,8 +115,12 @@ def efficient_attention_forward(
         if kwargs.get(name) is not None:
             reason = REFUSED_ARGUMENTS.get(name, f"this architecture's softmax has a term of its own ({name})")
             raise ValueError(_refuses(variant, reason))
-    window = kwargs.get("sliding_window")
-    if window is not None and (key.shape[2] if state is None else state.seen) > window:
+    if kwargs.get("cu_seq_lens_q") is not None and not isinstance(rows, Texts):
+        if rows is not None:
+            raise ValueError(_refuses(variant, "cu_seq_lens are given beside a mask that hides tokens"))
+        rows = texts_of(kwargs["cu_seq_lens_q"], query.shape[0], query.shape[2])
+    window, longest = kwargs.get("sliding_window"), key.shape[2] if state is None else state.seen
+    if window is not None and (rows.longest if isinstance(rows, Texts) else longest) > window:
         raise ValueError(_refuses(variant, HIDES.format(window)))
     output = variant(
         query,
@@ -167,6 +170,11 @@ def _dense(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tu
             "Use patch_model(model, ...) rather than attn_implementation=."
         )
     if isinstance(attention_mask, AttentionMask):
+        if kwargs.get("cu_seq_lens_q") is not None and attention_mask.texts is None and "flash" not in implementation:
+            raise ValueError(
+                f"cu_seq_lens are given, which layers that stay dense cannot honour in {implementation!r} attention. Patch all "
+                "layers, or give position_ids that start again with each text (decoders)."
+            )
         if attention_mask.shape[-1] != key.shape[2]:
             raise RuntimeError(
                 f"a dense {type(module).__name__} has {key.shape[2]} keys where its mask covers {attention_mask.shape[-1]}: it "

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     chunked_overlay,
+    packed_sequence_mask_function,
     prepare_padding_mask,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
-from .ops.rows import Rows
+from .ops.rows import Rows, Texts
 
 if TYPE_CHECKING:
     from .caching import AttentionState
@@ -33,8 +35,13 @@ _INTERSECTION = and_masks().__code__
 _WINDOW = sliding_window_overlay(1).__code__
 _BIDIRECTIONAL_WINDOW = sliding_window_bidirectional_overlay(1).__code__
 _CHUNK = chunked_overlay(1, torch.zeros(1)).__code__
+_PACKED = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
+_REMAPPED = None  # positions counted from where a text begins; Transformers 5.17 counts them from the row's begin
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+    _REMAPPED = masking_utils.remap_positions_for_packed_sequence(causal_mask_function, torch.zeros(1, 1)).__code__
 
-PACKED = "packed sequences (position_ids that start again) or a mask function of the model's own"
+OWN = "a mask function of the model's own"
+COMPILED = "packed sequences (position_ids, and neither a mask nor a cache) under torch.compile, or " + OWN
 FOREIGN_USE = (
     "code of this model computes with its attention mask, beside Transformers' attention function, so its layers cannot be "
     "patched: no variant, and no layer that is left dense, would get the mask it needs"
@@ -50,13 +57,15 @@ class AttentionMask:
     What Transformers' mask factory makes for a patched model, in place of a (B, 1, N, M) tensor.
 
     padding: (B, M) bool over cached and new tokens, or None where none is padded. length: M, the tokens it speaks of.
-    causal: the direction the factory was asked for. custom: why no variant can honour this mask, or None.
+    texts: those that the rows hold, where they are several. causal: the direction the factory was asked for. custom: why no
+    variant can honour this mask, or None.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._dense: dict[str, Tensor | None] = {}
         self._rows: tuple[int, Rows | None] | None = None
+        self.texts: Texts | None = None
         self._contradicts: bool | None = None
         self.query_length = int(arguments["q_length"])
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
@@ -93,7 +102,7 @@ class AttentionMask:
     def _read(self, function: Callable) -> tuple[bool | None, str | None]:
         """
         (causal, custom) of a mask function. It is an intersection of parts, each of which must be known; a window or a
-        chunk that belongs to the architecture must be wide enough to hide nothing.
+        chunk that belongs to the architecture must be wide enough to hide nothing. Sets `texts`.
         """
         if torch.compiler.is_compiling():
             return self._read_compiled(function)
@@ -107,10 +116,14 @@ class AttentionMask:
             elif kind is _BIDIRECTIONAL_WINDOW:
                 reach = values["sliding_window"] + 1
             elif kind is _CHUNK:
-                reach = values["chunk_size"]
+                if self.length > values["chunk_size"]:
+                    return causal, HIDES.format(values["chunk_size"])
+            elif kind is _PACKED:
+                self.texts = Texts.of(values["packed_sequence_mask"])
             elif part is not causal_mask_function:
-                return None, PACKED
-        return causal, None if reach is None or self.length <= reach else HIDES.format(reach)
+                return None, OWN
+        longest = self.length if self.texts is None else self.texts.longest
+        return causal, None if reach is None or longest <= reach else HIDES.format(reach)
 
     def _read_compiled(self, function: Callable) -> tuple[bool | None, str | None]:
         """As `_read` where closures cannot be looked into: Transformers says whether a mask may be skipped."""
@@ -118,11 +131,15 @@ class AttentionMask:
         if function is causal_mask_function or function is bidirectional_mask_function:
             return function is causal_mask_function, None
         if reach is None or self._arguments.get("use_vmap"):
-            return None, PACKED
+            return None, COMPILED
         return None, None if self.length <= reach else HIDES.format(reach)
 
-    def rows(self, tokens: int) -> Rows | None:
-        """The real ones among a call's own tokens, the last columns; made once and shared by all layers."""
+    def rows(self, tokens: int) -> Rows | Texts | None:
+        """
+        The texts, or the real ones among a call's own tokens, the last columns; made once and shared by all layers.
+        """
+        if self.texts is not None:
+            return self.texts
         if self._rows is None or self._rows[0] != tokens:
             self._rows = tokens, None if self.padding is None else Rows.of(self.padding[:, -tokens:])
         return self._rows[1]
@@ -173,6 +190,24 @@ def key_padding(mask: Tensor) -> Tensor | None:
     return keep if row.is_floating_point() and bool((keep | (row <= -1e4)).all()) else None
 
 
+def texts_of(cumulative: Tensor, batch: int, tokens: int) -> Texts:
+    """
+    The texts of a batch whose rows, one after the other, hold them: (T + 1,) integers, 0 and where each text ends.
+
+    Raises:
+        ValueError: the texts are not in order, do not end where the rows do, or run from one row into the next.
+    """
+    ends, total = cumulative.tolist(), batch * tokens
+    if ends != sorted(ends) or ends[:1] != [0] or ends[-1:] != [total] or not {*range(0, total, tokens)} <= {*ends}:
+        raise ValueError(
+            f"cu_seq_lens {ends} do not cut {batch} x {tokens} tokens into texts; give 0 and where each ends, among them "
+            f"the end of each row, up to {total}."
+        )
+    lengths = torch.diff(cumulative)
+    index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    return Texts.of(index.view(batch, tokens))
+
+
 def real_tokens(mask: AttentionMask | Tensor | None, tokens: int) -> Tensor | None:
     """
     (B, tokens) bool of a call's own tokens, True = keep, or None where all are real. Of a mask that was given ready-made,
@@ -189,6 +224,8 @@ def real_tokens(mask: AttentionMask | Tensor | None, tokens: int) -> Tensor | No
 
 def _parts(function: Callable) -> list[Callable]:
     """The mask functions that `function` is the intersection of; itself where it is none."""
-    if getattr(function, "__code__", None) is not _INTERSECTION:
+    kind = getattr(function, "__code__", None)
+    if kind is not _INTERSECTION and (kind is None or kind is not _REMAPPED):
         return [function]
-    return [part for f in inspect.getclosurevars(function).nonlocals["mask_functions"] for part in _parts(f)]
+    inner = inspect.getclosurevars(function).nonlocals
+    return [part for f in inner.get("mask_functions") or [inner["mask_function"]] for part in _parts(f)]

@@ -69,16 +69,16 @@ class _Watch:
         if kwargs.get("state") is not None:
             raise ValueError("leave out use_cache=True: attention is compared with dense on whole texts.")
         rows = kwargs.get("padding")
-        rows = rows if isinstance(rows, Rows) else Rows.of(rows)
-        query, key, value = args if rows is None else map(rows.compact, args)
-        dense = exact_attention(
-            query, key, value, lengths=None if rows is None else rows.lengths,
-            scaling=kwargs["scaling"], causal=kwargs["causal"],
-        )  # fmt: skip
-        dense = dense if rows is None else rows.restore(dense)
+        rows = Rows.of(rows) if isinstance(rows, Tensor) else rows
+
+        def exact(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+            options = {"scaling": kwargs["scaling"], "causal": kwargs["causal"]}
+            return exact_attention(query, key, value, lengths=lengths, **options)
+
+        dense = exact(*args) if rows is None else rows.over(exact, *args)
         if self.learns:
-            exact = dense.detach().float()
-            distance, square = (output.float() - exact).square().sum(), exact.square().sum()  # zeros at padding in both
+            right = dense.detach().float()
+            distance, square = (output.float() - right).square().sum(), right.square().sum()  # zeros at padding in both
             if torch._C._current_graph_task_id() == -1:  # not a recomputation in the backward pass
                 self.distance = distance if self.distance is None else self.distance + distance
                 self.square = square if self.square is None else self.square + square

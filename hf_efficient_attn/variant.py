@@ -17,7 +17,7 @@ from .caching import AttentionState, Count, TokenStore, column
 from .config import EfficientAttentionConfig, VariantConfig
 from .ops.exact import exact_attention
 from .ops.precision import of_one_dtype
-from .ops.rows import Rows
+from .ops.rows import Rows, Texts
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class EfficientAttention(EfficientLayer):
         key: Tensor,
         value: Tensor,
         *,
-        padding: Tensor | Rows | None = None,
+        padding: Tensor | Rows | Texts | None = None,
         scaling: float,
         dropout: float = 0.0,
         causal: bool,
@@ -183,7 +183,8 @@ class EfficientAttention(EfficientLayer):
         """
         query (B, H, N, D), key and value (B, G, M, D) -> (B, H, N, D), zeros at padded queries.
 
-        `padding`: (B, M) bool, True = keep, or None. `scaling` multiplies the logits, `dropout` is a probability.
+        `padding`: (B, M) bool, True = keep, or None; or the `Texts` that the rows hold. `scaling` multiplies the logits,
+        `dropout` is a probability.
         M > N (keys without queries, only where there is no `state`): the queries are the last N tokens.
         With a `state`, query, key and value are the call's new tokens and `padding` is theirs.
 
@@ -204,6 +205,10 @@ class EfficientAttention(EfficientLayer):
             raise ValueError(
                 f"{self.config.name}: {n} queries for {m} keys; self-attention needs as many keys, or more."
             )
+        if isinstance(padding, Texts) and (state is not None or m > n):
+            raise ValueError(
+                f"{self.config.name}: rows that hold several texts (packed sequences) are read in one call, without a cache."
+            )
         if causal is not self.host.causal:
             given, built = ("causal", "bidirectional") if causal else ("bidirectional", "causal")
             raise ValueError(f"{self.config.name}: built for a {built} layer, called as {given}.")
@@ -211,7 +216,7 @@ class EfficientAttention(EfficientLayer):
             query = torch.cat([query.new_zeros(*query.shape[:2], m - n, query.shape[3]), query], 2)
             if hidden is not None:
                 hidden = torch.cat([hidden.new_zeros(hidden.shape[0], m - n, hidden.shape[2]), hidden], 1)
-        rows = padding if isinstance(padding, Rows) else Rows.of(padding)
+        rows = Rows.of(padding) if isinstance(padding, Tensor) else padding
         if state is not None:
             if state.pending is not None:
                 self._read_pending(state, scaling)
@@ -227,26 +232,21 @@ class EfficientAttention(EfficientLayer):
         return output[:, :, m - n :] if m > n else output
 
     def _on_rows(self, query, key, value, rows, scaling, dropout, causal, state, hidden) -> Tensor:
-        batch, n = query.shape[0], query.shape[2]
-        lengths = None
-        if rows is not None:
-            lengths = rows.lengths
-            query, key, value = rows.compact(query), rows.compact(key), rows.compact(value)
-            hidden = None if hidden is None else rows.compact(hidden)
-        output = self.attend_from_below(
-            query,
-            key,
-            value,
-            lengths=lengths,
-            scaling=scaling,
-            dropout=dropout,
-            causal=causal,
-            state=state,
-            hidden=hidden,
-        )
+        options = {"scaling": scaling, "dropout": dropout, "causal": causal, "state": state}
+
+        def attend(query, key, value, hidden, lengths) -> Tensor:
+            return self.attend_from_below(query, key, value, lengths=lengths, hidden=hidden, **options)
+
+        if rows is None:
+            output = attend(query, key, value, hidden, None)
+        elif isinstance(rows, Texts):
+            with self.in_parts(attend, query.shape[0] * query.shape[2]) as attend_part:
+                output = rows.over(attend_part, query, key, value, hidden)
+        else:
+            output = rows.over(attend, query, key, value, hidden)
         if state is not None:
-            state.commit(None if rows is None else rows.real, batch, n)
-        return output if rows is None else rows.restore(output)
+            state.commit(None if rows is None else rows.real, query.shape[0], query.shape[2])
+        return output
 
     def _exported(self, *args) -> Tensor:
         """As `_on_rows`, while `torch.export` looks on."""

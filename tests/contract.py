@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_efficient_attn import measuring
 from hf_efficient_attn.caching import Node
+from hf_efficient_attn.ops.rows import Texts
 from hf_efficient_attn.registry import build, get_info
 from hf_efficient_attn.variant import EfficientAttention, HostShape
 
@@ -184,6 +185,29 @@ def check_padding_does_not_matter(subject: Subject) -> None:
         assert (run(module, *moved, padding=padding) - clean)[0].abs().max() > 1e-4, (
             "a real token does not matter either"
         )
+
+
+def check_packed_texts(subject: Subject) -> None:
+    """Several texts in a row: each is what it is alone, in value and gradient."""
+    module, lengths = subject.build(), [[9, 1, 19], [29], [3, 4, 22]]
+    args = [x.requires_grad_() for x in inputs(3, 29)]
+    leaves = args[:3] + [p for p in module.parameters() if p.requires_grad]
+    index = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    alone = []
+    for row, sizes in enumerate(lengths):
+        texts = zip(*(x[row : row + 1].split(sizes, -2) for x in args), strict=True)
+        alone.append(torch.cat([run(module, *text) for text in texts], 2))
+    alone = torch.cat(alone)
+    packed = run(module, *args, padding=Texts.of(index))
+    close(packed, alone, 1e-9, "texts of one row")
+    assert (run(module, *args) - packed).abs().max() > 1e-3, "texts of one row see each other, and it is the same"
+    weight = torch.randn(args[0].shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), leaves, allow_unused=True) for x in (packed, alone))
+    for i, (got, want) in enumerate(zip(ours, theirs, strict=True)):
+        close(torch.zeros(1) if got is None else got, torch.zeros(1) if want is None else want, 1e-8, f"gradient {i}")
+    if subject.causal:
+        with pytest.raises(ValueError, match="without a cache"):
+            run(module, *args, padding=Texts.of(index), state=module.make_state())
 
 
 def check_causality(subject: Subject) -> None:

@@ -179,16 +179,6 @@ def test_code_that_computes_with_the_mask_gets_a_sentence(use):
         _ = mask_of(causal_mask_function).dtype
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_packed_texts_raise(name: str):
-    position = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6]])
-    model = decoder(name)
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(ids(), position_ids=position.expand(2, -1), use_cache=False)
-    straight = model(ids(), position_ids=torch.arange(13)[None], use_cache=False).logits
-    assert apart(straight, model(ids(), use_cache=False).logits) == 0
-
-
 def test_tokens_that_see_each_other_inside_a_window_raise():
     """Images in a text: a window whose blocks also look ahead is not a plain window."""
     from transformers.masking_utils import create_sliding_window_causal_mask
@@ -212,7 +202,6 @@ def test_tokens_that_see_each_other_inside_a_window_raise():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"cu_seq_lens_q": torch.tensor([0, 13])}, "packed"),
         ({"position_bias": torch.zeros(1)}, "position bias"),
         ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.zeros(4)}, "sink logits"),

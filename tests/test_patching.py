@@ -237,18 +237,6 @@ def test_attention_maps(name: str):
         model(**inputs)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_packed_sequences(name: str):
-    inputs = ZOO[name].inputs(batch=1, length=12)
-    del inputs["attention_mask"]
-    inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(5)])[None]
-    model = patch_model(ZOO[name].build(), "flash")
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(**inputs, use_cache=False)
-    inputs["position_ids"] = torch.arange(12)[None]
-    model(**inputs, use_cache=False)
-
-
 def test_positions_that_start_again_where_the_architecture_packs_nothing():
     """OPT reads `position_ids` as positions only, patched or not."""
     inputs = ZOO["opt"].inputs(batch=1, length=12)

@@ -134,6 +134,14 @@ class WritesIntoItsState(Sound):
         return output
 
 
+class SharesItsBatch(Sound):
+    """Adds what the first row says to all of them."""
+
+    def attend(self, query, key, value, **kwargs):
+        output = super().attend(query, key, value, **kwargs)
+        return output + 0.1 * output[:1]
+
+
 class RoundsInHalf(Sound):
     """Loses half of its digits."""
 
@@ -167,6 +175,8 @@ FAULTS = [
     (IsDense, True, "forward_is_the_formula"),
     (DropsGradients, True, "gradients_are_the_formula_s"),
     (WritesIntoItsState, True, "crop"),
+    (SharesItsBatch, True, "packed_texts"),
+    (SharesItsBatch, False, "packed_texts"),
     (RoundsInHalf, False, "head_layouts"),
     (RoundsInHalf, False, "dense_limit"),
 ]

@@ -1,12 +1,14 @@
 """
-Positions are counted over real tokens, per row: here rows are compacted to that form and put back.
+Positions are counted over real tokens, per row and text: here a batch is brought to that form and put back.
 
 A batch with a padding mask becomes right-padded, row b's real tokens in order at 0..lengths[b]-1, padded slots zeroed;
-`restore` undoes it on the output and gives zeros at the padded queries. Without padding nothing is done.
+its output gets zeros at the padded queries. Of rows that hold several texts each text becomes a row. Without either nothing
+is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,63 @@ class Rows:
             slot = (self.real.cumsum(1) - 1).clamp_min(0)
             x = torch.gather(x, 2, slot[:, None, :, None].expand(x.shape))
         return x.masked_fill(~self.real[:, None, :, None], 0)
+
+    def over(self, attend: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+        """attend(*given, lengths) of compacted rows: (B, H, N, D), put back."""
+        return self.restore(attend(*(None if x is None else self.compact(x) for x in given), self.lengths))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """
+    Rows without padding that hold several texts one after the other, of which none sees another (packed sequences).
+
+    groups: texts of like length, right-padded: (T, L) int64, where in the flattened batch their tokens are, and (T,) lengths.
+    """
+
+    groups: list[tuple[Tensor, Tensor]]
+    real = None  # every token is
+
+    @staticmethod
+    def of(index: Tensor) -> Texts:
+        """index: (B, N) integers, which text of its row a token belongs to."""
+        begins = torch.ones_like(index, dtype=torch.bool)
+        begins[:, 1:] = index[:, 1:] != index[:, :-1]
+        first = begins.flatten().nonzero()[:, 0]
+        lengths = torch.diff(first, append=first.new_tensor([index.numel()]))
+        size, groups = torch.log2(lengths).ceil(), []  # as rows they take at most twice the room
+        for some in (size == s for s in size.unique()):
+            slot = torch.arange(int(lengths[some].max()), device=index.device)
+            groups.append(((first[some, None] + slot).clamp_max(index.numel() - 1), lengths[some]))
+        return Texts(groups)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.groups[-1][0].shape[1]
+
+    def over(self, attend: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+        """
+        attend(*given, lengths) of one group of texts after the other, each a row, put back: of given (B, H, N, D) or (B, N, E)
+        the first is (B, H, N, D), and so is what is returned.
+        """
+        found, order, (batch, _, n, _) = [], [], given[0].shape
+        for places, lengths in self.groups:
+            used = torch.arange(places.shape[1], device=places.device) < lengths[:, None]
+            equal = bool(used.all())
+            rows = [None if x is None else _rows_at(x, places, None if equal else used) for x in given]
+            found.append(attend(*rows, None if equal else lengths).transpose(1, 2)[used])
+            order.append(places[used])
+        return torch.cat(found)[torch.cat(order).argsort()].unflatten(0, (batch, n)).transpose(1, 2)
+
+
+def _rows_at(x: Tensor, places: Tensor, used: Tensor | None) -> Tensor:
+    """x (B, H, N, D) or (B, N, E), places (T, L) -> (T, H, L, D) or (T, L, E), zero where not `used`."""
+    flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 4 else x.flatten(0, 1)
+    rows = flat[places]
+    if used is not None:
+        rows = rows.masked_fill(~used.view(*used.shape, *[1] * (rows.ndim - 2)), 0)
+    return rows.transpose(1, 2) if x.ndim == 4 else rows
 
 
 def shift(x: Tensor, by: int | Tensor, length: int) -> Tensor:
