@@ -1,0 +1,123 @@
+"""
+Runs every variant on a device that is not the CPU (`other_device`) and on the CPU without kernels, and compares.
+
+    python tests/on_other_device.py modules|models
+
+Prints a line of JSON for each case: its name, and what went wrong or null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ["HF_EFFICIENT_ATTN_KERNELS"] = "0"
+
+import other_device
+import torch
+from contract import Subject, decode, inputs, paddings, run
+from other_device import elsewhere
+from torch import Tensor
+from zoo import ZOO
+
+from hf_efficient_attn import available_variants, patch_model
+from hf_efficient_attn.ops.exact import exact_attention
+from hf_efficient_attn.ops.rows import Texts
+from hf_efficient_attn.recovery import attention_errors
+from hf_efficient_attn.registry import get_info
+
+
+def same(here: Tensor, there: Tensor, tolerance: float, what: str) -> None:
+    assert there.device.type == other_device.NAME, f"{what}: on {there.device}"
+    off = (here - there.cpu()).abs().max().item()
+    assert off <= tolerance, f"{what}: off by {off:.3g}"
+
+
+def module(name: str, causal: bool) -> None:
+    """Values, gradients and generated tokens of the module alone."""
+    subject = Subject(name, causal, oracle=name)
+    here, there = subject.build(dtype=torch.float32), elsewhere(subject.build(dtype=torch.float32))
+    index = torch.arange(29).div(10, rounding_mode="floor").expand(4, -1)
+    for label in ("left", "packed"):
+        here.train(label == "left")
+        there.train(label == "left")
+        given = [x.requires_grad_() for x in inputs(4, 29, dtype=torch.float32)]
+        moved = [elsewhere(x).requires_grad_() for x in given]
+        rows = None if label == "packed" else paddings(29)[label]
+        ours, theirs = (Texts.of(index), Texts.of(elsewhere(index))) if label == "packed" else (rows, elsewhere(rows))
+        one, two = run(here, *given, padding=ours), run(there, *moved, padding=theirs)
+        same(one, two, 1e-4, f"{label}: output")
+        weight = torch.randn(one.shape)
+        (one * weight).sum().backward()
+        (two * elsewhere(weight)).sum().backward()
+        for i in range(3):
+            same(given[i].grad, moved[i].grad, 1e-3, f"{label}: gradient {i}")
+        for (what, p), q in zip(here.named_parameters(), there.parameters(), strict=True):
+            if p.grad is not None:
+                same(p.grad, q.grad, 1e-3, f"{label}: gradient of {what}")
+        if causal and label != "packed":
+            splits = (9, *[1] * 12, 8)
+            with torch.no_grad():
+                one, two = decode(here, given, splits, rows), decode(there, moved, splits, elsewhere(rows))
+            same(one, two, 1e-4, "calls of several lengths")
+
+
+def model(name: str, architecture: str) -> None:
+    """A model that is moved when it is patched, and one that is patched when it is moved."""
+    tiny = ZOO[architecture]
+    given = tiny.inputs(2, 20, "right" if architecture == "bert" else "left")
+    moved = {key: elsewhere(x) for key, x in given.items()}
+    here, there = patch_model(tiny.build(), name), elsewhere(patch_model(tiny.build(), name))
+    patched_there = patch_model(elsewhere(tiny.build()), name)
+    for x in (*patched_there.parameters(), *patched_there.buffers()):
+        assert x.device.type == other_device.NAME, "what a variant brings is on another device than the model"
+    loss = here.train()(**given, labels=given["input_ids"]).loss
+    for one in (there.train(), patched_there.train()):
+        found = one(**moved, labels=moved["input_ids"]).loss
+        same(loss, found, 1e-3, "loss")
+        found.backward()
+    here.eval(), there.eval()
+    if name != "moe":
+        errors = [[x.error for x in attention_errors(*pair)] for pair in ((here, [given]), (there, [moved]))]
+        assert max(abs(x - y) for x, y in zip(*errors, strict=True)) < 1e-3, "errors of attention transfer"
+    if architecture == "llama":
+        for options in ({}, {"num_beams": 2}):
+            options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, **options}
+            same(here.generate(**given, **options), there.generate(**moved, **options), 0, f"generate {options}")
+
+
+def fault() -> None:
+    """A mask on the wrong device."""
+    x = elsewhere(torch.randn(1, 2, 5, 8))
+    exact_attention(x, x, x, lengths=torch.tensor([3]), scaling=1.0, causal=False)
+
+
+def cases(part: str) -> Iterator[tuple[str, object]]:
+    if part == "models":
+        for name in available_variants():
+            for architecture in ("bert", "llama"):
+                yield f"{name}, {architecture}", lambda n=name, a=architecture: model(n, a)
+        return
+    yield "fault", fault
+    for name in available_variants():
+        for causal in (False, True) if get_info(name).module_class.kind == "attention" else ():
+            yield f"{name}, {'decoder' if causal else 'encoder'}", lambda n=name, c=causal: module(n, c)
+
+
+def main(part: str) -> None:
+    other_device.begin()
+    for name, case in cases(part):
+        torch.manual_seed(0)
+        try:
+            case()
+            error = None
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        print(json.dumps([name, error]), flush=True)
+    os._exit(0)  # PyTorch's thread for the device's gradients does not end by itself
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
