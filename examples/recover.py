@@ -21,17 +21,22 @@ from hf_efficient_attn.swapping import is_patched
 
 def learning_layers(model: PreTrainedModel) -> list[list[int]]:
     """
-    The patched layers with parameters, each in a list with the layers that have none but read its own, as linformer's
-    sharing="layerwise" has them. No layer where none has any.
+    The patched layers with parameters, in lists of those that share some, as linformer's sharing="layerwise" has them. No
+    layer where none has any.
     """
     layers = patched_layers(model) if is_patched(base_model(model), "attention") else []
-    groups = {number: [number] for number, _, variant in layers if any(True for _ in variant.parameters())}
-    owners = {id(part): number for number, _, variant in layers if number in groups for part in variant.modules()}
+    groups: list[list[int]] = []
+    of: dict[nn.Parameter, list[int]] = {}
     for number, _, variant in layers:
-        read = [owners[id(x)] for part in variant.modules() for x in vars(part).values() if id(x) in owners]
-        if number not in groups and read:
-            groups[read[0]].append(number)
-    return list(groups.values())
+        parameters = list(variant.parameters())
+        if not parameters:
+            continue
+        group = next((of[p] for p in parameters if p in of), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(number)
+        of |= dict.fromkeys(parameters, group)
+    return groups
 
 
 class TransferObjective(nn.Module):

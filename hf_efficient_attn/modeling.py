@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -55,7 +56,22 @@ class StateMixin:
             cache.activate_past_recording()
 
 
-class EfficientModelMixin(StateMixin):
+class TyingMixin:
+    """A patched model keeps one parameter where its layers share one, as a language model does with its embeddings."""
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Also what layers share, whatever the config says of embeddings."""
+        return super().get_expanded_tied_weights_keys(all_submodels) | tied_names(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """What layers share may stand in a `state_dict` once, under its first name, as in saved files."""
+        for name, first in declared_ties(self).items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + first])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class EfficientModelMixin(TyingMixin, StateMixin):
     """A model whose layers are patched as soon as it is built from an `Efficient...Config`."""
 
     dense_class: type[PreTrainedModel]
@@ -104,7 +120,7 @@ class EfficientModelMixin(StateMixin):
 _FAULTS = ("missing_keys", "mismatched_keys", "unexpected_keys")
 
 
-class ForeignModelMixin(StateMixin):
+class ForeignModelMixin(TyingMixin, StateMixin):
     """A patched model of code outside Transformers: it runs and trains, but the Auto classes could not load it."""
 
     dense_class: type[PreTrainedModel]
@@ -131,7 +147,43 @@ def install(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module
             part.register_forward_pre_hook(refuse_attention_maps, with_kwargs=True)
         if add_auxiliary_loss not in part._forward_hooks.values():
             part.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
+    declare_ties(model)
     return mapping
+
+
+def declare_ties(model: PreTrainedModel) -> None:
+    """Tells Transformers which parameters variants share: a later one names the first in its module's `_tied_weights_keys`."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if f".{CHILD}." in name and first.setdefault(parameter, name) != name:
+            owner, _, leaf = name.rpartition(".")
+            vars(model.get_submodule(owner)).setdefault("_tied_weights_keys", {})[leaf] = first[parameter]
+    others = {name: key for name, key in model.all_tied_weights_keys.items() if f".{CHILD}." not in name}
+    model.all_tied_weights_keys = others | tied_names(model)
+
+
+def declared_ties(model: nn.Module) -> dict[str, str]:
+    """The parameters that variants were given to share, each with the name of the first one."""
+    return {
+        f"{name}.{leaf}": first
+        for name, module in model.named_modules()
+        if f".{CHILD}" in name
+        for leaf, first in vars(module).get("_tied_weights_keys", {}).items()
+    }
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """As `declared_ties`, without those that are copies by now and learned other values, as PEFT's do."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def equal(a: nn.Parameter, b: nn.Parameter) -> bool:
+        return a is b or a.is_meta or b.is_meta or torch.equal(a, b)
+
+    return {
+        name: first
+        for name, first in declared_ties(model).items()
+        if {name, first} <= parameters.keys() and equal(parameters[name], parameters[first])
+    }
 
 
 def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module | None = None) -> None:
@@ -159,6 +211,7 @@ def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module |
 def release(model: PreTrainedModel, kind: str | None = None) -> None:
     """The inverse of `adopt`; of a `kind`, for the variants of that kind."""
     revert_layers(model, kind)
+    declare_ties(model)
     for part in _models(model):
         if not is_patched(model, "attention"):
             for key in [key for key, hook in part._forward_pre_hooks.items() if hook is refuse_attention_maps]:

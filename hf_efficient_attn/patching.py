@@ -128,7 +128,7 @@ def patched(model: Model, variant: Any, *, layers: Layers = None, **hyper: Any) 
 class LayerDescription:
     """
     The attention of a layer, or its feed-forward where that is patched: `variant` is None where it is dense;
-    `added_parameters` counts what the variant brought.
+    `added_parameters` counts what the variant brought, without what an earlier layer shares with it.
     """
 
     layer: int
@@ -138,9 +138,12 @@ class LayerDescription:
     added_parameters: int
 
     @classmethod
-    def of(cls, layer: int, name: str, variant: EfficientLayer | None) -> LayerDescription:
+    def of(cls, layer: int, name: str, variant: EfficientLayer | None, counted: set[nn.Parameter]) -> LayerDescription:
+        """`counted` holds the parameters of earlier layers, and gets those of this one."""
         settings = {} if variant is None else variant.config.to_dict()
-        added = 0 if variant is None else sum(p.numel() for p in variant.parameters())
+        own = set() if variant is None else set(variant.parameters()) - counted
+        counted |= own
+        added = sum(p.numel() for p in own)
         return cls(layer, name, settings.pop("variant", None), settings, added)
 
 
@@ -158,12 +161,13 @@ class Description(list):
 
 def describe(model: nn.Module) -> Description:
     """What every attention layer of a model runs, and every patched feed-forward; works on dense models, too."""
-    base = base_model(model)
-    rows = [LayerDescription.of(h.shape.layer, h.name, getattr(h.module, CHILD, None)) for h in find_hosts(base)]
+    base, counted = base_model(model), set()
+    hosts = [(host.shape.layer, host.name, getattr(host.module, CHILD, None)) for host in find_hosts(base)]
+    rows = [LayerDescription.of(*host, counted) for host in hosts]
     for name, module in base.named_modules():
         variant = getattr(module, CHILD, None)
         if getattr(variant, "kind", None) == "feed-forward":
-            rows.append(LayerDescription.of(variant.host.layer, name, variant))
+            rows.append(LayerDescription.of(variant.host.layer, name, variant, counted))
     return Description(sorted(rows, key=lambda row: row.layer))
 
 

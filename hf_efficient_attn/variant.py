@@ -87,7 +87,10 @@ class EfficientLayer(AuxiliaryLearner):
 
     @classmethod
     def tie_parameters(cls, modules: list[EfficientLayer]) -> None:
-        """Shares parameters between the layers that one entry of a patch gave this variant; called after they are built."""
+        """
+        Shares parameters between the layers that one entry of a patch gave this variant; called after they are built. Every
+        layer holds what it shares as a parameter of its own; saving writes it once, and loading ties it again.
+        """
 
 
 class EfficientFeedForward(EfficientLayer):

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator, cpu_offload, dispatch_model
+from accelerate import Accelerator, cpu_offload, dispatch_model, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from sentence_transformers import SentenceTransformer
 from test_modeling import output
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BertTokenizer
 from zoo import TASKS, USUAL_TASK, ZOO
 
@@ -124,6 +126,83 @@ def test_offloaded_weights_are_refused_and_offloading_afterwards_works():
     with pytest.raises(ValueError, match=r"attention layer 0 .*offloaded"):
         patch_model(offloaded, "linformer", rank=4)
     assert output(offloaded, inputs).isfinite().all()
+
+
+LAYERS = {"bert": ["bert.encoder.layer.0", "bert.encoder.layer.1"], "gpt2": ["transformer.h.0", "transformer.h.1"]}
+REST = {
+    "bert": ["bert.embeddings", "cls"],
+    "gpt2": ["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"],
+}
+
+
+def own(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith(".proj_k")}
+
+
+def shared_matrix(name: str) -> torch.nn.Module:
+    """A patched model whose two layers share a matrix that is no longer what it began as."""
+    model = patch_model(ZOO[name].build(), "linformer", sharing="layerwise", segment_size=4)
+    with torch.no_grad():
+        (matrix,) = set(own(model).values())
+        matrix += 0.1 * torch.randn_like(matrix)
+    return model
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_offloading_of_a_matrix_that_layers_share(name: str, tmp_path: Path):
+    inputs, model = ZOO[name].inputs(), shared_matrix(name)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in own(model).values())
+    assert torch.equal(output(model, inputs), expected)
+    remove_hook_from_module(model, recurse=True)
+    model.tie_weights()
+    assert len(set(own(model).values())) == 1
+    assert torch.equal(output(model, inputs), expected)
+    auto = getattr(transformers, TASKS[USUAL_TASK[ZOO[name].kind]])
+    cpu = dict.fromkeys([*LAYERS[name], *REST[name]], "cpu")
+    options = {"offload_folder": tmp_path / "offload"}
+    loaded = auto.from_pretrained(tmp_path, device_map=cpu | dict.fromkeys(LAYERS[name], "disk"), **options)
+    assert all(p.is_meta for p in own(loaded).values())
+    assert torch.equal(output(loaded, inputs), expected)
+    for apart in LAYERS[name]:  # Accelerate, as of tied embeddings
+        with pytest.raises((ValueError, KeyError), match="proj_k"):
+            output(auto.from_pretrained(tmp_path, device_map=cpu | {apart: "disk"}, **options), inputs)
+
+
+def test_weights_loaded_into_an_empty_model_whose_layers_share_a_matrix(tmp_path: Path):
+    inputs, model = ZOO["bert"].inputs(), shared_matrix("bert")
+    model.save_pretrained(tmp_path)
+    with init_empty_weights():
+        twin = transformers.AutoModelForMaskedLM.from_config(model.config)
+    twin.tie_weights()
+    twin = load_checkpoint_and_dispatch(twin, tmp_path, device_map={"": "cpu"})
+    assert len(set(own(twin).values())) == 1
+    assert torch.equal(output(twin, inputs), output(model, inputs))
+
+
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fully_sharded_layers_that_share_a_matrix():
+    """PyTorch's FSDP keeps what its layers share where one group holds them, and no group is a single one of them."""
+    inputs, model = ZOO["bert"].inputs(), shared_matrix("bert")
+    expected = output(model, inputs)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(list(model.bert.encoder.layer), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.tie_weights()
+    (matrix,) = set(own(model).values())
+    assert torch.equal(output(model, inputs), expected)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert matrix.grad.full_tensor().abs().max() > 0
 
 
 def test_prepared_by_an_accelerator():

@@ -17,7 +17,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertTokenizer,
+)
 from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
 from zoo import END, TASKS, USUAL_TASK, ZOO, Tiny
 
@@ -137,6 +144,46 @@ def test_new_parameters_reload_bit_equal(name: str, tmp_path: Path):
     state = reloaded.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+LAYERWISE = hea.LinformerConfig(sharing="layerwise", segment_size=4)
+HALF = {"variant": "combined", "parts": [["block", 1], [LAYERWISE.to_dict(), 1]]}
+
+
+@pytest.mark.parametrize("variant", [LAYERWISE, HALF], ids=["linformer", "combined"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "bart"])
+def test_a_matrix_that_layers_share_is_saved_once_and_tied_again(name: str, variant: Any, tmp_path: Path):
+    tiny, inputs = ZOO[name], ZOO[name].inputs()
+    model = patch_model(tiny.build(), variant)
+
+    def own(model: torch.nn.Module) -> dict[str, Tensor]:
+        return {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith(".proj_k")}
+
+    with torch.no_grad():
+        for parameter in set(own(model).values()):
+            parameter += torch.randn_like(parameter)
+    expected = output(model, inputs)
+    names = [n for n, _ in model.named_parameters() if n.endswith(".proj_k")]
+    assert len(names) == (2 if name == "bart" else 1) < len(own(model))
+    assert sum(row.added_parameters for row in hea.describe(model)) == sum(
+        p.numel() for n, p in model.named_parameters() if ".efficient_attn." in n
+    )
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert [key for key in weights if key.endswith(".proj_k")] == sorted(names)
+    reloaded = getattr(transformers, TASKS[USUAL_TASK[tiny.kind]]).from_pretrained(tmp_path)
+    fresh = patch_model(tiny.build(seed=1), variant)
+    once = {k: x for k, x in model.state_dict().items() if not k.endswith(".proj_k") or k in names}
+    fresh.load_state_dict(once)
+    for twin in (reloaded, fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.float()):
+        assert torch.equal(output(twin, inputs), expected)
+        assert len(set(own(twin).values())) == len(names)
+    fresh.load_state_dict(once, assign=True)
+    assert torch.equal(output(fresh, inputs), expected)
+    fresh.tie_weights()
+    assert len(set(own(fresh).values())) == len(names)
+    unpatch_model(fresh)
+    assert not [key for key in fresh.all_tied_weights_keys if "efficient" in key]
 
 
 def test_mixture_over_layers_and_dense_layers_between(tmp_path: Path):

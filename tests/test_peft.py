@@ -111,6 +111,35 @@ def test_new_parameters_beside_lora(tmp_path: Path):
     assert torch.equal(output(loaded, inputs), output(merged, inputs))
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])  # gpt2 ties its embeddings as well
+def test_a_matrix_that_layers_share_beside_lora(name: str, tmp_path: Path):
+    """PEFT trains a copy of each layer's variant; what was trained is what is merged, saved and loaded."""
+    tiny, inputs = ZOO[name], ZOO[name].inputs()
+    auto = getattr(transformers, TASKS[USUAL_TASK[tiny.kind]])
+    patch_model(tiny.build(), "linformer", sharing="layerwise", segment_size=4).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=TARGETS[name][:1], modules_to_save=["efficient_attn"])
+    model = get_peft_model(auto.from_pretrained(tmp_path / "base"), config)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "proj_k" in n}
+    assert len(before) == 2
+    train(model, inputs)
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    tuned = output(model, inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(output(again, inputs), tuned)
+    again.base_model.model.tie_weights()
+    assert torch.equal(output(again, inputs), tuned)
+    merged = model.merge_and_unload()
+    merged.tie_weights()  # as resizing the vocabulary does
+    result = output(merged, inputs)
+    assert (result - tuned).abs().max() < 1e-4
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = auto.from_pretrained(tmp_path / "merged")
+    assert torch.equal(output(loaded, inputs), result)
+    loaded.tie_weights()
+    assert torch.equal(output(loaded, inputs), result)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_wrapped_model_is_patched_and_trained(name: str, tmp_path: Path):
     tiny, inputs = ZOO[name], ZOO[name].inputs(pad="right")

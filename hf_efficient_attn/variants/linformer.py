@@ -15,9 +15,10 @@ exact part and all slots, O(N r' / segment_size).
 Dense limit: encoder rank = max_length = N, decoder segment_size >= N.
 Parameters: `proj_k` (E) and `proj_v` (F), of one matrix, or with sharing="none" one per key/value head; in a decoder
 `slot_bias`, one per query head, zero at the start. `sharing` (section 4 of the paper): "none"; "headwise", the heads of a
-layer share E and F; "key-value", also E = F; "layerwise", one matrix for all layers that were patched together. They start
-as means over stretches of tokens, near-equal where rank does not divide max_length. In models that rotate keys a mean over
-a long stretch blurs their high frequencies: prefer a high rank there.
+layer share E and F; "key-value", also E = F; "layerwise", one matrix for all layers that were patched together, tied as
+embeddings are: PEFT's `modules_to_save` trains a copy of each layer's, device maps keep the layers together, and PyTorch's FSDP
+needs them in one group, `fully_shard([*layers])`. They start as means over stretches of tokens, near-equal where rank does not
+divide max_length. In models that rotate keys a mean over a long stretch blurs their high frequencies: prefer a high rank there.
 """
 
 from __future__ import annotations
@@ -143,20 +144,17 @@ class LinformerAttention(EfficientAttention):
 
     @classmethod
     def tie_parameters(cls, modules: list[LinformerAttention]) -> None:
-        """sharing="layerwise": later layers lose their matrix and read the first one's of the same direction."""
+        """sharing="layerwise": later layers take the matrix of the first one of the same direction."""
         first: dict[bool, LinformerAttention] = {}
         for module in modules:
             owner = first.setdefault(module.host.causal, module)
-            if module.config.sharing == "layerwise" and owner is not module and "proj_k" in module._parameters:
-                del module.proj_k
-                object.__setattr__(module, "owner", owner)  # no submodule, no second entry in the state_dict
+            if module.config.sharing == "layerwise":
+                module._parameters["proj_k"] = owner.proj_k  # Accelerate's init_empty_weights would register another
 
     def __getattr__(self, name: str):
-        """The matrices that this module does not own: `proj_v` where E = F, `proj_k` of a later layer."""
+        """`proj_v`, where E = F, is no parameter of its own."""
         if name == "proj_v" and self.config.sharing in ("key-value", "layerwise"):
             return self.proj_k
-        if name == "proj_k" and "owner" in self.__dict__:
-            return self.owner.proj_k
         return super().__getattr__(name)
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
@@ -204,7 +202,7 @@ class LinformerAttention(EfficientAttention):
             slots = torch.einsum("grc,bgncd->bgnrd", columns, x)
         if real is None:
             return slots
-        weight = matrix.to(torch.promote_types(x.dtype, torch.float32)).abs()
+        weight = matrix.to(x.device, torch.promote_types(x.dtype, torch.float32)).abs()
         mass = _mass(weight, real)
         scale = weight.sum(2)[:, None] / mass.masked_fill(mass == 0, 1)
         return slots * scale[..., None].to(x)
@@ -212,7 +210,8 @@ class LinformerAttention(EfficientAttention):
 
 def _mass(weight: Tensor, real: Tensor) -> Tensor:
     """weight (G or 1, r, c), real (B or 1, n, c') -> (B or 1, G or 1, n, r): the weight on real columns."""
-    return torch.einsum("grc,bnc->bgnr", weight[:, :, : real.shape[2]], real.to(weight))
+    weight = weight[:, :, : real.shape[2]].to(real.device)
+    return torch.einsum("grc,bnc->bgnr", weight, real.to(weight.dtype))
 
 
 def _stretch_means(rank: int, columns: int) -> Tensor:
