@@ -27,7 +27,7 @@ from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .hosts import cache_argument, names_in
 from .registry import get_info
-from .swapping import as_list, exchange_maps, is_patched, loading, plan, revert_layers, saved_form, swap_layers
+from .swapping import LOADING, as_list, exchange_maps, is_patched, loading, plan, revert_layers, saved_form, swap_layers
 
 PREFIX = "efficient_"
 FIELD = "efficient_attention"
@@ -92,6 +92,20 @@ class EfficientModelMixin(TyingMixin, StateMixin):
         if not is_patched(self):
             install(self, choices)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """
+        While a model around this one is loaded or built, Transformers gives first values to what has none, this model last.
+
+        Raises:
+            ValueError: a weight of a variant has none: the checkpoint of the whole lacks it.
+        """
+        super()._init_weights(module)
+        if module is self and not LOADING.get():  # `from_pretrained` checks by itself
+            tensors = _variant_tensors(self)
+            missing = [name for name, x in tensors if not x.is_meta and not getattr(x, "_is_hf_initialized", False)]
+            if missing:
+                raise _misfit(type(self).__name__, "missing_keys", missing)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """
@@ -110,14 +124,25 @@ class EfficientModelMixin(TyingMixin, StateMixin):
         faults = {kind: [str(key) for key in info.get(kind) or () if marker in str(key)] for kind in _FAULTS}
         for kind, keys in faults.items():
             if keys:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path}: the checkpoint does not fit its variants, {kind.replace('_', ' ')}: "
-                    f"{', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}. It is damaged or was changed by hand."
-                )
+                raise _misfit(pretrained_model_name_or_path, kind, keys)
         return (model, info) if wanted else model
 
 
 _FAULTS = ("missing_keys", "mismatched_keys", "unexpected_keys")
+
+
+def _misfit(source: Any, kind: str, keys: list[str]) -> ValueError:
+    return ValueError(
+        f"{source}: the checkpoint does not fit its variants, {kind.replace('_', ' ')}: "
+        f"{', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}. It is damaged or was changed by hand."
+    )
+
+
+def _variant_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What the variants of a model save: their parameters, and buffers that are not made anew."""
+    saved = model.state_dict().keys()
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return [(name, x) for name, x in tensors if f".{CHILD}." in name and name in saved]
 
 
 class ForeignModelMixin(TyingMixin, StateMixin):
@@ -148,6 +173,9 @@ def install(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module
         if add_auxiliary_loss not in part._forward_hooks.values():
             part.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
     declare_ties(model)
+    for _, tensor in _variant_tensors(model):
+        if not tensor.is_meta:  # else it waits for a checkpoint
+            tensor._is_hf_initialized = True
     return mapping
 
 

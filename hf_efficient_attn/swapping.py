@@ -227,11 +227,11 @@ def swap_layers(model: PreTrainedModel, swaps: list[Swap], outer: nn.Module | No
             setattr(swap.host.attention, FEED_FORWARD, (swap.host.module, exchange_maps))
         else:
             _exchange(swap.host.module)
-    if not _loading.get():
+    if not LOADING.get():
         exchange_maps(swap.host.module for swap in swaps)
 
 
-_loading = ContextVar("_loading", default=False)
+LOADING = ContextVar("LOADING", default=False)
 
 
 @contextmanager
@@ -240,11 +240,11 @@ def loading() -> Iterator[None]:
     Inside the block linear maps of patched feed-forwards stay what they are: a quantiser, which exchanges them between a
     model's making and its loading, passes over classes that it does not know. `exchange_maps` follows.
     """
-    token = _loading.set(True)
+    token = LOADING.set(True)
     try:
         yield
     finally:
-        _loading.reset(token)
+        LOADING.reset(token)
 
 
 def exchange_maps(owners: Iterable[nn.Module]) -> None:

@@ -24,7 +24,9 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertTokenizer,
+    EncoderDecoderModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
 from zoo import END, TASKS, USUAL_TASK, ZOO, Tiny
 
@@ -383,6 +385,51 @@ def test_weights_of_the_dense_model_under_a_patched_config_raise(tmp_path: Path)
     edit_weights(directory, drop)
     with pytest.raises(ValueError, match=r"missing keys: .*efficient_attn"):
         AutoModelForMaskedLM.from_pretrained(directory)
+
+
+COMPOSED = ["linformer", "performer", "rfa", "moe"]  # with parameters, buffers, both, and in the feed-forward
+
+
+def composite(variant: str, **hyper: Any) -> EncoderDecoderModel:
+    decoder = patch_model(ZOO["gpt2"].build(add_cross_attention=True), variant, **hyper)
+    return EncoderDecoderModel(encoder=BertModel(ZOO["bert"].config()), decoder=decoder).eval()
+
+
+@pytest.mark.parametrize("variant", COMPOSED)
+def test_missing_weight_of_a_part_raises(variant: str, tmp_path: Path):
+    """The class of the whole is one of Transformers, which would leave the weight as its memory happens to be."""
+    inputs = {name: ZOO["bert"].inputs()["input_ids"] for name in ("input_ids", "decoder_input_ids")}
+    model = composite(variant)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(EncoderDecoderModel.from_pretrained(tmp_path), inputs), output(model, inputs))
+
+    for key in [key for key in load_file(tmp_path / "model.safetensors") if ".efficient_attn." in key]:
+        model.save_pretrained(tmp_path)
+        edit_weights(tmp_path, lambda weights, key=key: weights.pop(key))
+        with pytest.raises(ValueError, match=rf"missing keys: {key.removeprefix('decoder.')}\."):
+            EncoderDecoderModel.from_pretrained(tmp_path)
+
+
+def test_missing_weight_that_layers_of_a_part_share_raises(tmp_path: Path):
+    model = composite("linformer", sharing="layerwise")
+    model.save_pretrained(tmp_path)
+    assert len([key for key in load_file(tmp_path / "model.safetensors") if key.endswith("proj_k")]) == 1
+    loaded = EncoderDecoderModel.from_pretrained(tmp_path).decoder.transformer.h
+    assert loaded[0].attn.efficient_attn.proj_k is loaded[1].attn.efficient_attn.proj_k
+    edit_weights(tmp_path, lambda weights: weights.pop("decoder.transformer.h.0.attn.efficient_attn.proj_k"))
+    with pytest.raises(ValueError, match=r"missing keys: transformer.h.0.attn.efficient_attn.proj_k"):
+        EncoderDecoderModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("variant", COMPOSED)
+def test_variants_that_are_built_have_their_first_values(variant: str):
+    """Transformers may ask for them later than it builds a model, as it does for DeepSpeed."""
+    config = composite(variant).config
+    with no_init_weights():
+        model = EncoderDecoderModel(config=config)
+    before = {n: x.clone() for n, x in model.state_dict().items() if ".efficient_attn." in n}
+    model.initialize_weights()
+    assert before and all(torch.equal(x, before[n]) for n, x in model.state_dict().items() if n in before)
 
 
 def test_weights_of_other_hyper_parameters_raise(tmp_path: Path):
