@@ -429,7 +429,9 @@ def test_variants_that_are_built_have_their_first_values(variant: str):
         model = EncoderDecoderModel(config=config)
     before = {n: x.clone() for n, x in model.state_dict().items() if ".efficient_attn." in n}
     model.initialize_weights()
-    assert before and all(torch.equal(x, before[n]) for n, x in model.state_dict().items() if n in before)
+    after = {n: x for n, x in model.state_dict().items() if n in before}
+    assert before
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)  # experts copy maps that have none yet
 
 
 def test_weights_of_other_hyper_parameters_raise(tmp_path: Path):
