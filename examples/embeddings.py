@@ -19,14 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS, model_source
-from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn import extend_positions
 from hf_efficient_attn.measuring import peak_memory
 
@@ -98,23 +96,10 @@ def main(args: Sequence[str] | None = None) -> dict:
             row["peak_ratio"] = row["peak_bytes"] / base["peak_bytes"]
         results["tokens"] = sum(map(len, texts))
         add_row(results, row, options.output)
-    show(results)
+    columns = {"fidelity": "{fidelity:.3f}", "probe accuracy": "{probe_accuracy:.3f}"}
+    columns |= {"time": "{seconds_ratio:.2f}", "peak memory": "{peak_ratio:.2f}"}
+    show(results, "embeddings, untrained; time and memory over those of dense", columns)
     return results
-
-
-def show(results: dict) -> None:
-    table = Table(title="embeddings, untrained; time and memory over those of dense")
-    for name in ("variant", "fidelity", "probe accuracy", "time", "peak memory"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in results["rows"]:
-        if "error" in row:
-            table.add_row(row["label"], row["error"][:60], "", "", "")
-            continue
-        table.add_row(
-            row["label"], f"{row['fidelity']:.3f}", f"{row['probe_accuracy']:.3f}", f"{row['seconds_ratio']:.2f}",
-            f"{row['peak_ratio']:.2f}",
-        )  # fmt: skip
-    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

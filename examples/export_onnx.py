@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from examples.embeddings import open_encoder
-from examples.rows import add_row, open_results, read_variants, run_program, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, show, swapped
 from hf_efficient_attn.measuring import time_ratio
 
 NAMES = ("input_ids", "attention_mask")
@@ -136,21 +134,10 @@ def main(args: Sequence[str] | None = None) -> dict:
             if "error" not in row and "error" not in base:
                 row["run_ratio"] = row["run_bytes"] / max(base["run_bytes"], 1)
             add_row(results, row, options.output)
-    show(results)
+    title = "ONNX Runtime, untrained; time and memory of a run over those of dense"
+    columns = {"time": "{seconds_ratio:.2f}", "memory of a run": "{run_ratio:.2f}", "MiB": "{mib:.0f}"}
+    show(results, title, columns | {"apart": "{apart:.0e}"}, mib=lambda row: row["run_bytes"] / 2**20)
     return results
-
-
-def show(results: dict) -> None:
-    table = Table(title="ONNX Runtime, untrained; time and memory of a run over those of dense")
-    for name in ("variant", "time", "memory of a run", "MiB", "apart"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in results["rows"]:
-        if "error" in row:
-            table.add_row(row["label"], row["error"][:60], "", "", "")
-            continue
-        ratios = f"{row['seconds_ratio']:.2f}", f"{row['run_ratio']:.2f}"
-        table.add_row(row["label"], *ratios, f"{row['run_bytes'] / 2**20:.0f}", f"{row['apart']:.0e}")
-    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

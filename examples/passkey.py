@@ -18,12 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from examples.embedded import MODELS
 from examples.perplexity import load, read_text
-from examples.rows import add_row, open_results, read_variants, run_program, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, show, swapped
 
 HIDDEN = "\nThe pass key is{number}. Remember it.{number} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -94,21 +92,10 @@ def main(args: Sequence[str] | None = None) -> dict:
             except Exception as error:  # a variant that fails is a row that says so
                 row["error"] = f"{type(error).__name__}: {error}"
             add_row(results, row, options.output)
-    show(results)
+    title = "numbers found, untrained; beginning of the text to its end: + found, - not"
+    columns = {"found": "{found:.2f}", "tokens right": "{tokens:.2f}", "where": "{where}"}
+    show(results, title, columns, where=lambda row: "".join("+" if found else "-" for found in row["found_at"]))
     return results
-
-
-def show(results: dict) -> None:
-    table = Table(title="numbers found, untrained; beginning of the text to its end: + found, - not")
-    for name in ("length", "variant", "found", "tokens right", "where"):
-        table.add_column(name, justify="left" if name in ("variant", "where") else "right")
-    for row in results["rows"]:
-        if "error" in row:
-            table.add_row(str(row["length"]), row["label"], row["error"][:60], "", "")
-            continue
-        where = "".join("+" if found else "-" for found in row["found_at"])
-        table.add_row(str(row["length"]), row["label"], f"{row['found']:.2f}", f"{row['tokens']:.2f}", where)
-    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

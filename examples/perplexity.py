@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from examples.embedded import MODELS, model_source, topics_text
-from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, swapped
+from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
 from hf_efficient_attn.hosts import base_model, find_hosts
@@ -133,23 +131,10 @@ def main(args: Sequence[str] | None = None) -> dict:
                 for cost in ("peak", "cache"):
                     row[f"{cost}_ratio"] = row[f"{cost}_bytes"] / dense[f"{cost}_bytes"]
             add_row(results, row, options.output)
-    show(results)
+    ratios = {"time": "{seconds_ratio:.2f}", "peak memory": "{peak_ratio:.2f}", "cache": "{cache_ratio:.2f}"}
+    columns = {"perplexity": "{perplexity:.2f}", "rise": "{rise_percent:+.1f} %", **ratios}
+    show(results, "untrained; time, memory and cache over those of dense", columns)
     return results
-
-
-def show(results: dict) -> None:
-    table = Table(title="untrained; time, memory and cache over those of dense")
-    for name in ("length", "variant", "perplexity", "rise", "time", "peak memory", "cache"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in results["rows"]:
-        if "perplexity" not in row:
-            table.add_row(str(row["length"]), row["label"], row.get("error", "")[:60], "", "", "", "")
-            continue
-        table.add_row(
-            str(row["length"]), row["label"], f"{row['perplexity']:.2f}", f"{row['rise_percent']:+.1f} %",
-            f"{row['seconds_ratio']:.2f}", f"{row['peak_ratio']:.2f}", f"{row['cache_ratio']:.2f}",
-        )  # fmt: skip
-    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

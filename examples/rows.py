@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 import hf_efficient_attn
 from hf_efficient_attn import patched
@@ -103,3 +105,22 @@ def add_row(results: dict, row: dict, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(row), flush=True)
+
+
+def show(results: dict, title: str, columns: dict[str, str], **more: Callable[[dict], Any]) -> None:
+    """
+    Prints the rows, or the error of one that failed. `columns`: name -> what `str.format` makes of the row's entries, and of
+    what `more` makes of the row.
+    """
+    lead = [name for name in ("length", "label") if name in results["rows"][0]]
+    table = Table(title=title)
+    for name in lead + list(columns):
+        left = name in ("label", "where")
+        table.add_column("variant" if name == "label" else name, justify="left" if left else "right")
+    for row in results["rows"]:
+        cells = [row.get("error", "")[:60]]
+        if "error" not in row:
+            entries = row | {name: function(row) for name, function in more.items()}
+            cells = [text.format(**entries) for text in columns.values()]
+        table.add_row(*(str(row[name]) for name in lead), *cells)
+    Console(width=110).print(table)
