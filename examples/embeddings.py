@@ -23,18 +23,17 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.data import load_texts, tokenize
-from examples.embedded import MODELS, model_source
+from examples.embedded import MODELS
+from examples.models import fit_positions, source
 from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
-from hf_efficient_attn import extend_positions
 from hf_efficient_attn.measuring import peak_memory
 
 
 def open_encoder(name: str, max_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An embedded model by name, or any that `from_pretrained` finds, with positions for that many tokens."""
-    source = model_source(name) if name in MODELS else {"path": name}
-    model, tokenizer = (kind.from_pretrained(source["path"]) for kind in (AutoModel, AutoTokenizer))
-    if max_length > getattr(model.config, "max_position_embeddings", max_length):
-        extend_positions(model, max_length, tokenizer)
+    place, keywords = source(name)
+    model, tokenizer = (kind.from_pretrained(place, **keywords) for kind in (AutoModel, AutoTokenizer))
+    fit_positions(model, max_length, extend=True, tokenizer=tokenizer)
     return model.eval(), tokenizer
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from examples import embedded
 from examples.controls import remove_attention
 from hf_efficient_attn import describe, extend_positions, patch_model
-from hf_efficient_attn.hosts import base_model, find_hosts, position_tables
+from hf_efficient_attn.hosts import base_model, find_hosts, learned_positions
 from hf_efficient_attn.registry import config_from_dict
 
 AUTO_CLASSES = {
@@ -98,10 +98,8 @@ def make_base(
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """The longest text the model's positions reach, or None where the config names no limit."""
-    tables = position_tables(base_model(model))
-    if tables:  # learned; RoBERTa's and OPT's tables begin with rows that stand for no position
-        return min(table.module.num_embeddings - table.offset for table in tables)
-    return getattr(model.config, "max_position_embeddings", None)
+    learned = learned_positions(base_model(model))
+    return getattr(model.config, "max_position_embeddings", None) if learned is None else learned
 
 
 def fit_positions(

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
-from examples.embedded import MODELS, model_source, topics_text
+from examples.embedded import MODELS, topics_text
+from examples.models import source
 from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
@@ -33,10 +34,9 @@ from hf_efficient_attn.measuring import cache_bytes, peak_memory, state_bytes
 
 def load(name: str) -> tuple[torch.nn.Module, object]:
     """An embedded model by name, or any that `from_pretrained` finds."""
-    source = model_source(name) if name in MODELS else {"path": name}
-    path = source.pop("path")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **source).eval()
-    return model, AutoTokenizer.from_pretrained(path, **source)
+    place, keywords = source(name)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **keywords).eval()
+    return model, AutoTokenizer.from_pretrained(place, **keywords)
 
 
 def read_text(path: str) -> str:
