@@ -59,9 +59,9 @@ def inputs(batch: int, length: int, *, kv_heads=KV_HEADS, dtype=torch.float64, s
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def run(module: EfficientAttention, query, key, value, hidden=None, **kwargs) -> Tensor:
+def run(module: EfficientAttention, query, key, value, hidden=None, scaling=SCALING, **kwargs) -> Tensor:
     extra = {"hidden": hidden} if module.needs_hidden else {}
-    return module(query, key, value, scaling=SCALING, causal=module.host.causal, **extra, **kwargs)
+    return module(query, key, value, scaling=scaling, causal=module.host.causal, **extra, **kwargs)
 
 
 def expected(subject: Subject, module, query, key, value, hidden=None, padding=None) -> Tensor:
@@ -257,7 +257,7 @@ def dense_of(subject: Subject, args) -> Tensor:
     return naive_attention("flash", *args[:3], None, config=config, scaling=SCALING, causal=subject.causal).to(args[0])
 
 
-def decode(module, args, splits, padding=None, after=None) -> Tensor:
+def decode(module, args, splits, padding=None, after=None, scaling=SCALING) -> Tensor:
     """The same tokens in several calls, through a decoder state."""
     state = module.make_state()
     outputs, begin = [], 0
@@ -265,8 +265,9 @@ def decode(module, args, splits, padding=None, after=None) -> Tensor:
         end = begin + size
         part = [x[:, :, begin:end] for x in args[:3]]
         state.update(part[1], part[2])
+        part += [x[:, begin:end] for x in args[3:]]
         mask = None if padding is None else padding[:, begin:end]
-        outputs.append(run(module, *part, *(x[:, begin:end] for x in args[3:]), padding=mask, state=state))
+        outputs.append(run(module, *part, padding=mask, state=state, scaling=scaling))
         begin = end
         if after is not None:
             after(state, end)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from contract import decode
 from naive import naive_attention
 from naive.clustered import k_means as naive_k_means
 
@@ -149,12 +150,8 @@ def test_chunk_0_of_a_decoder_is_exact():
 
 def test_long_rows_in_calls_of_any_length():
     args, module = inputs(400, batch=1), make(True, num_clusters=8, chunk_size=48, top_k=4)
-    full = run(module, args)
-    state, outputs = module.make_state(), []
-    for part in zip(*(x.split([150, 3, 90, 1, 16, 100, 40], 2) for x in args), strict=True):
-        state.update(part[1], part[2])
-        outputs.append(run(module, part, state=state))
-    torch.testing.assert_close(torch.cat(outputs, 2), full, atol=1e-10, rtol=0)
+    parts = decode(module, args, (150, 3, 90, 1, 16, 100, 40), scaling=SCALING)
+    torch.testing.assert_close(parts, run(module, args), atol=1e-10, rtol=0)
 
 
 def test_a_step_reads_its_chunk_whatever_came_before_it():

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from contract import decode
 from torch import Tensor
 
 from hf_efficient_attn import (
@@ -176,10 +177,6 @@ def test_tokens_one_by_one(calls, config) -> None:
     args = [torch.randn(2, heads, 130, 32, generator=g) for heads in (6, 2, 2)]
     with kernels.off():
         want = module(*args, scaling=0.3, causal=True)[:, :, 100:]
-    state, found = module.make_state(), []
-    for begin, end in [(0, 100), *((i, i + 1) for i in range(100, 130))]:
-        part = [x[:, :, begin:end] for x in args]
-        state.update(*part[1:])
-        found.append(module(*part, state=state, scaling=0.3, causal=True))
+    got = decode(module, args, (100, *[1] * 30), scaling=0.3)[:, :, 100:]
     assert calls.count("few_forward") == 30
-    torch.testing.assert_close(torch.cat(found[1:], 2), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)

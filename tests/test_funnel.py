@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import decode
 from naive import naive_attention
 from transformers import FunnelConfig as ReferenceConfig
 from transformers.models.funnel.modeling_funnel import FunnelAttentionStructure, FunnelRelMultiheadAttention
@@ -27,14 +28,6 @@ def run(module, args, **kwargs):
 
 def inputs(length, groups=2):
     return [torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, groups, groups)]
-
-
-def decode(module, args, splits):
-    state, outputs = module.make_state(), []
-    for part in zip(*(x.split(splits, 2) for x in args), strict=True):
-        state.update(part[1], part[2])
-        outputs.append(run(module, part, state=state))
-    return torch.cat(outputs, 2)
 
 
 @torch.no_grad()
@@ -82,7 +75,7 @@ def test_many_tiles_are_the_formula_in_calls_of_any_length(pooling, monkeypatch)
         torch.testing.assert_close(got, expected, atol=1e-8, rtol=0)
     with torch.no_grad():
         for splits in ((41, 29), (7, 60, 1, 1, 1)):
-            torch.testing.assert_close(decode(module, args, splits), want, atol=1e-10, rtol=0)
+            torch.testing.assert_close(decode(module, args, splits, scaling=SCALING), want, atol=1e-10, rtol=0)
 
 
 def test_a_step_inside_a_stretch_reads_the_stretch_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import decode
 
 from hf_efficient_attn import (
     BigBirdConfig,
@@ -75,14 +76,9 @@ def test_later_calls_of_many_tokens(calls, config, splits) -> None:
         with kernels.off():
             want = module(*inputs, padding=padding, scaling=0.2, causal=True)
         assert not calls
-        state, outputs, done = module.make_state(), [], 0
-        for n in splits:
-            part = [x[:, :, done : done + n] for x in inputs]
-            done += n
-            state.update(*part[1:])
-            outputs.append(module(*part, padding=padding[:, done - n : done], state=state, scaling=0.2, causal=True))
+        got = decode(module, inputs, splits, padding, scaling=0.2)
     assert calls.count("blocks_forward") == 6 * len([n for n in splits if n > 16])  # three rows, two key/value heads
-    torch.testing.assert_close(torch.cat(outputs, 2), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from contract import decode
 from naive import naive_attention
 
 from hf_efficient_attn.registry import build
@@ -62,11 +63,7 @@ def test_a_decoder_s_exact_part_is_as_long_as_asked(exact_segments, num_sinks):
     want = naive_attention("linformer", *args, config=module.config, scaling=0.4, causal=True, module=module)
     torch.testing.assert_close(run(module, args), want, atol=1e-10, rtol=0)
     for splits in ((37,), (3, 20, 14), (11, 1, 1, 24), (1,) * 37):
-        state, parts = module.make_state(), []
-        for part in zip(*(x.split(splits, 2) for x in args), strict=True):
-            state.update(part[1], part[2])
-            parts.append(module(*part, scaling=0.4, causal=True, state=state))
-        torch.testing.assert_close(torch.cat(parts, 2), want, atol=1e-10, rtol=0)
+        torch.testing.assert_close(decode(module, args, splits), want, atol=1e-10, rtol=0)
 
 
 def test_a_state_that_let_go_of_nothing_can_be_cropped():

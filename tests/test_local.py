@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import HEAD_DIM, HEADS, KV_HEADS, Subject, inputs, run
+from contract import HEAD_DIM, HEADS, KV_HEADS, Subject, decode, inputs, run
 from naive import naive_attention
 
 from hf_efficient_attn.ops import exact, joint, local
@@ -65,14 +65,10 @@ def test_equals_its_formula_forward_backward_and_decoding(config, causal, fused,
         assert theirs.abs().max() > 1e-3
         if not causal:
             continue
-        for ends in (range(1, length + 1), [length // 2, length], [length - 9, length - 1, length]):
-            state, outputs, begin = module.make_state(), [], 0
-            for end in (e for e in ends if e > 0):
-                tokens = [x[:, :, begin:end] for x in (query, key, value)]
-                state.update(*tokens[1:])
-                outputs.append(run(module, *tokens, padding=padding[:, begin:end], state=state))
-                begin = end
-            torch.testing.assert_close(torch.cat(outputs, 2), want, atol=1e-12, rtol=0)
+        uneven = [length - 9, 8, 1] if length > 9 else [length]
+        for splits in ([1] * length, [length // 2, length - length // 2], uneven):
+            got = decode(module, (query, key, value), splits, padding)
+            torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
 def test_gradients_stop_between_calls_of_transformer_xl_and_not_inside_one():

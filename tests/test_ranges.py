@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import decode
 
 from hf_efficient_attn import (
     BlockConfig,
@@ -99,15 +100,6 @@ def results(
     return [output.detach(), *torch.autograd.grad((output * weight).sum(), [*args, *module.parameters()])]
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    names, call = [], kernels.call
-    monkeypatch.setattr(
-        kernels, "call", lambda function, *args: names.append(function.__name__) or call(function, *args)
-    )
-    return names
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("dim", "length", "fields", "causal"), [(*x, True) for x in LAYERS] + [(*x, False) for x in ENCODERS]
@@ -139,16 +131,12 @@ def test_large_logits_do_not_overflow() -> None:
 def test_a_later_call_of_many_tokens(calls, splits, number) -> None:
     (dim, _, fields), length = LAYERS[number], 333
     module, args = layer(dim, fields), inputs(dim, length)
-    options = {"scaling": dim**-0.5, "causal": True}
     with torch.no_grad():
         with kernels.off():
-            full = module(*args, **options)
-        state, outputs = module.make_state(), []
-        for part in zip(*(x.split(splits, 2) for x in args), strict=True):
-            state.update(part[1], part[2])
-            outputs.append(module(*part, state=state, **options))
+            full = module(*args, scaling=dim**-0.5, causal=True)
+        parts = decode(module, args, splits, scaling=dim**-0.5)
     assert calls.count("ranges_forward") >= 18 * len([n for n in splits if n > 128])  # one for each row and query head
-    torch.testing.assert_close(torch.cat(outputs, 2), full, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(parts, full, atol=1e-5, rtol=1e-4)
 
 
 def test_tiles_see_what_they_say() -> None:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from contract import decode
 
 from hf_efficient_attn.registry import build
 from hf_efficient_attn.variant import HostShape
@@ -122,15 +123,9 @@ def test_a_row_without_keys_leaves_the_others_alone(bias):
     want = module(*(x[:1] for x in args), hidden=hidden[:1], scaling=1.0, causal=True)
     got = module(*args, hidden=hidden, padding=padding, scaling=1.0, causal=True)
     torch.testing.assert_close(got[:1], want, atol=1e-3, rtol=1e-3)
-    state, begin, parts = module.make_state(), 0, []
     padding[1, 200:] = True  # its first token comes with the third call
-    for size in (100, 100, 100):
-        part = [x[:, :, begin : begin + size] for x in args]
-        options = {"hidden": hidden[:, begin : begin + size], "padding": padding[:, begin : begin + size]}
-        state.update(*part[1:])
-        parts.append(module(*part, **options, state=state, scaling=1.0, causal=True))
-        begin += size
-    torch.testing.assert_close(torch.cat(parts, 2)[:1], want, atol=1e-3, rtol=1e-3)
+    got = decode(module, [*args, hidden], (100, 100, 100), padding, scaling=1.0)
+    torch.testing.assert_close(got[:1], want, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bias", [6.0, 1.0, -1.0])
@@ -184,12 +179,8 @@ def test_gradients_of_a_gate_go_through_a_state():
     args = [torch.randn(1, 2, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     hidden = torch.randn(1, 20, 16, dtype=torch.float64, requires_grad=True)
     leaves, slope = (*args, hidden, *module.parameters()), torch.randn(1, 2, 20, 8, dtype=torch.float64)
-    state, outputs = module.make_state(), []
-    for place in (slice(0, 12), slice(12, 20)):
-        part = [x[:, :, place] for x in args]
-        state.update(*part[1:])
-        outputs.append(module(*part, hidden=hidden[:, place], scaling=1.0, causal=True, state=state))
+    parts = decode(module, [*args, hidden], (12, 8), scaling=1.0)
     full = module(*args, hidden=hidden, scaling=1.0, causal=True)
-    grads = [torch.autograd.grad((x * slope).sum(), leaves) for x in (torch.cat(outputs, 2), full)]
+    grads = [torch.autograd.grad((x * slope).sum(), leaves) for x in (parts, full)]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import decode
 from torch import Tensor
 
 from hf_efficient_attn import (
@@ -228,11 +229,6 @@ def test_later_calls_of_many_tokens(calls, config, splits):
     with torch.no_grad():
         with kernels.off():
             want = module(*inputs, padding=padding, scaling=0.2, causal=True)
-        state, outputs, done = module.make_state(), [], 0
-        for n in splits:
-            part = [x[:, :, done : done + n] for x in inputs]
-            done += n
-            state.update(*part[1:])
-            outputs.append(module(*part, padding=padding[:, done - n : done], state=state, scaling=0.2, causal=True))
+        got = decode(module, inputs, splits, padding, scaling=0.2)
     assert "intervals_forward" in calls
-    torch.testing.assert_close(torch.cat(outputs, 2), want, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
