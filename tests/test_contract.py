@@ -114,19 +114,24 @@ def test_causality(arch: str, variant: str) -> None:
         assert (after - before)[:, token:].abs().max() > 1e-3
 
 
-@each_variant
-@pytest.mark.parametrize("arch", DECODERS)
-def test_generation_from_the_cache_equals_full_forwards(arch: str, variant: str) -> None:
-    tiny = SERVED[arch]
-    model, inputs = patched_tiny(tiny, variant), tiny.inputs(3, 14, "left")
-    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "output_logits": True}
+def check_generation(model, inputs, tokens: int) -> None:
+    """From the cache as by full forwards: so many tokens, and about half as many by beams."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "output_logits": True}
     options["return_dict_in_generate"] = True
     cached = model.generate(**inputs, **options)
     full = model.generate(**inputs, **options, use_cache=False)
     assert torch.equal(cached.sequences, full.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(full.logits), atol=2e-4, rtol=0)
-    beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    beams = {"num_beams": 3, "max_new_tokens": tokens // 2 + 1, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
+
+
+@each_variant
+@pytest.mark.parametrize("arch", DECODERS)
+def test_generation_from_the_cache_equals_full_forwards(arch: str, variant: str) -> None:
+    tiny = SERVED[arch]
+    model, inputs = patched_tiny(tiny, variant), tiny.inputs(3, 14, "left")
+    check_generation(model, inputs, 10)
 
 
 @each_variant

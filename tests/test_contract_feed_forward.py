@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_contract import logits, output_mask
+from test_contract import check_generation, logits, output_mask
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from zoo import TASKS, USUAL_TASK, ZOO
@@ -151,14 +151,7 @@ def test_generation_from_the_cache_equals_full_forwards(arch: str, attention: bo
     tiny = SERVED[arch]
     attention = attention and tiny.refused is None
     model, inputs = patched_tiny(arch, variant, attention=attention), tiny.inputs(3, 14, "left")
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "output_logits": True}
-    options["return_dict_in_generate"] = True
-    cached = model.generate(**inputs, **options)
-    full = model.generate(**inputs, **options, use_cache=False)
-    assert torch.equal(cached.sequences, full.sequences)
-    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(full.logits), atol=2e-4, rtol=0)
-    beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(**inputs, **beams), model.generate(**inputs, **beams, use_cache=False))
+    check_generation(model, inputs, 8)
 
 
 @each_variant
