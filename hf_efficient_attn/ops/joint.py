@@ -60,6 +60,15 @@ class Part:
     scatter: Callable[[Tensor, Tensor], None] | None = None
     span: tuple[int, int | None] = (0, None)
 
+    @staticmethod
+    def of_slots(key: Tensor, value: Tensor, first: int, last: int, span: tuple[int, int], mask=None) -> Part:
+        """The keys first..last-1, read where they lie by the queries `span`."""
+
+        def add(total: Tensor, x: Tensor) -> None:
+            total[:, :, first:last] += x
+
+        return Part(key, value, gather=lambda x: x[:, :, first:last], scatter=add, mask=mask, span=span)
+
     def accumulate(self, output, total, query, key, value, bias, scaling, dropout):
         """
         Joins this part to what earlier parts gave its span: output (B, H, N, D) and total (B, H, N), their lse, both

@@ -134,20 +134,8 @@ def _one_line(query: Tensor, key: Tensor, value: Tensor, at: Tensor | None, scal
         return masked_attention(query, key, value, visible, scaling=scaling, dropout=dropout)
     parts = []
     for (begin, end), first, last in zip(chunks, edges[0::2], edges[1::2], strict=True):
-        parts.append(_stretch(key, value, 0, first + 1, (begin, end), None))  # seen by all of the chunk
+        parts.append(Part.of_slots(key, value, 0, first + 1, (begin, end)))  # seen by all of the chunk
         if last > first:
             seen = slots[first + 1 : last + 1] <= at[begin:end, None]
-            parts.append(_stretch(key, value, first + 1, last + 1, (begin, end), seen[None, None]))
+            parts.append(Part.of_slots(key, value, first + 1, last + 1, (begin, end), seen[None, None]))
     return joint_attention(query, parts, scaling=scaling)
-
-
-def _stretch(key: Tensor, value: Tensor, first: int, last: int, span: tuple[int, int], mask: Tensor | None) -> Part:
-    """The keys first..last-1, read where they lie by the queries `span`."""
-    return Part(
-        key,
-        value,
-        mask=mask,
-        span=span,
-        gather=lambda x: x[:, :, first:last],
-        scatter=lambda total, gradient: total[:, :, first:last].add_(gradient),
-    )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..caching import AttentionState, Count, TokenStore, column
+from ..caching import AttentionState, Count, TokenStore, column, take
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
 from ..ops.joint import Part, joint_attention_and_lse
@@ -132,7 +132,7 @@ def _read_before(query, key, value, start: int, p: int, **options) -> tuple[Tens
             parts.append(_inside(tiles, keys, key, value, p))
     for begin in range(0, count, TILE):
         if start + begin * p:
-            parts.append(_prefix(key, value, start + begin * p, (begin, min(begin + TILE, count))))
+            parts.append(Part.of_slots(key, value, 0, start + begin * p, (begin, min(begin + TILE, count))))
     if not parts:
         accurate = torch.promote_types(query.dtype, torch.float32)
         return torch.zeros_like(query), query.new_full(query.shape[:3], float("-inf"), dtype=accurate)
@@ -149,15 +149,6 @@ def _inside(tiles: Blocks, keys: Blocks, key: Tensor, value: Tensor, p: int) -> 
         scatter=lambda total, x: keys.add_windows(total, x, 0),
         span=(tiles.start, tiles.start + tiles.count * tiles.size),
     )  # fmt: skip
-
-
-def _prefix(key: Tensor, value: Tensor, end: int, span: tuple[int, int]) -> Part:
-    """These queries see the keys before `end`."""
-
-    def add(total: Tensor, x: Tensor) -> None:
-        total[:, :, :end] += x
-
-    return Part(key, value, gather=lambda x: x[:, :, :end], scatter=add, span=span)
 
 
 def _join(query, key, value, far: Tensor, lse: Tensor, *, scaling: float, dropout: float) -> Tensor:
@@ -180,4 +171,4 @@ def _at(x: Tensor, index: Count) -> Tensor:
     """Stretch `index` of (B, H, I, E) -> (B, H, 1, E); of rows that differ, one each."""
     if isinstance(index, int):
         return x[:, :, index : index + 1]
-    return torch.gather(x, 2, index.clamp_min(0)[:, None, None, None].expand(-1, x.shape[1], 1, x.shape[3]))
+    return take(x, index.clamp_min(0)[:, None])

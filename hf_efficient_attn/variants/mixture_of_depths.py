@@ -29,7 +29,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ..caching import TokenStore
+from ..caching import TokenStore, take
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
 from ..ops.router import Router
@@ -102,7 +102,7 @@ class MixtureOfDepthsAttention(EfficientAttention):
             return torch.zeros_like(query)
         gate = torch.sigmoid(logits).gather(1, places)[:, None, :, None]
         gate = (gate / gate.detach()).to(query.dtype)
-        query_in, key_in, value_in = (_take(x, places) for x in (query, key, value))
+        query_in, key_in, value_in = (take(x, places) for x in (query, key, value))
         options = {"scaling": scaling, "dropout": dropout, "causal": causal}
         own = None if int(counts.min()) == places.shape[1] else counts  # rows that agree need no masks
         if state is None:
@@ -150,10 +150,6 @@ def gathered(chosen: Tensor) -> tuple[Tensor, Tensor]:
     counts = chosen.sum(1)
     order = torch.argsort((~chosen).to(torch.int8), dim=1, stable=True)
     return order[:, : max(int(counts.max()), 1)], counts
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    return torch.gather(x, 2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _quantile(x: Tensor, share: float) -> Tensor:
