@@ -181,16 +181,8 @@ class StridedAttention(EfficientAttention):
 
 def _classes(key: Tensor, value: Tensor, stride: int, causal: bool, used: Tensor | None) -> Part:
     """Frame slots of one class modulo the stride see each other."""
-    size = key.shape[2]
-
-    def arrange(x: Tensor, fill: float) -> Tensor:
-        return residues(x, stride)
-
-    def collect(x: Tensor, fill: float) -> Tensor:
-        return from_residues(x, stride, size).unsqueeze(3)
-
     mask = None if used is None else residues(used, stride).transpose(2, 3)
-    return Part(arrange(key, 0.0), arrange(value, 0.0), arrange, collect, causal=causal, mask=mask)
+    return _by_class(key, value, stride, key.shape[2], causal=causal, mask=mask)
 
 
 def _past(key: Tensor, value: Tensor, stride: int, start: Count, size: int) -> Part:
@@ -201,6 +193,11 @@ def _past(key: Tensor, value: Tensor, stride: int, start: Count, size: int) -> P
     else:
         slots = torch.arange(-(-key.shape[2] // stride), device=key.device)
         mask = (slots < (start // stride)[:, None]).repeat_interleave(stride, 0)[:, None, None]
+    return _by_class(key, value, stride, size, mask=mask)
+
+
+def _by_class(key: Tensor, value: Tensor, stride: int, size: int, **options) -> Part:
+    """Each of `size` frame slots sees keys of its class."""
 
     def arrange(x: Tensor, fill: float) -> Tensor:
         return residues(x, stride)
@@ -208,7 +205,7 @@ def _past(key: Tensor, value: Tensor, stride: int, start: Count, size: int) -> P
     def collect(x: Tensor, fill: float) -> Tensor:
         return from_residues(x, stride, size).unsqueeze(3)
 
-    return Part(arrange(key, 0.0), arrange(value, 0.0), arrange, collect, mask=mask)
+    return Part(arrange(key, 0.0), arrange(value, 0.0), arrange, collect, **options)
 
 
 def _block_apart(key: Tensor, value: Tensor, block: int, away: int, visible: Tensor, used: Tensor | None) -> Part:
