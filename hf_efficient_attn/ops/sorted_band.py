@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..caching import AttentionState, TokenStore, column
+from ..caching import AttentionState, column
 from .few import attend_ranges, attend_slots, recent_ranges
 from .few import has_kernel as has_few_kernel
 from .joint import HUGE, Part, _backward, _forward, joint_attention_and_lse
 from .sorted_intervals import has_kernel, sorted_intervals
-from .tiles import _rows, _Space
+from .tiles import _extended, _rows, _Space
 
 TILE = 64  # queries
 AREA = 2**19  # weights that exist at one time
@@ -123,10 +123,6 @@ class Labels:
         return Intervals(self.order, low, high)
 
 
-class LabelStore(TokenStore):
-    """Labels of all tokens: "key" holds them as (B, G, S, R), "value" nothing."""
-
-
 @torch.compiler.disable
 def past_attention(
     query: Tensor,
@@ -154,10 +150,10 @@ def past_attention(
     n, offset = query.shape[2], 0
     if state is not None:
         offset = state.count
-        buffer = state.store("tokens", TokenStore).extend(key, value, lengths)
+        buffer = state.store("tokens").extend(key, value, lengths)
         key, value = buffer.key, buffer.value
         labels = key_labels.to(torch.int32)
-        key_labels = state.store("labels", LabelStore).extend(labels, labels[..., :0], lengths).key
+        key_labels = state.store("labels").extend(labels, labels[..., :0], lengths).key  # (B, G, S, R)
     position = (column(offset) + torch.arange(n, device=query.device)).expand(query.shape[0], n)
     if n <= STEP and state is not None and has_few_kernel(query, key, value, dropout):
         ranges = recent_ranges(query_labels, key_labels, position, window, num_sinks)
@@ -399,7 +395,7 @@ class SortedBand:
     def _parts(self, keys: Tensor, values: Tensor, space: _Space):
         """Of each group of tiles the rows (n, T), its keys' places (n L,) in the flattened (B, G, S), and the part itself."""
         orders = [(self.intervals, None), *self.earlier]
-        bounds = [(_extended(one.low), _extended(one.high), ranks) for one, ranks in orders]
+        bounds = [(_extended(one.low, -1), _extended(one.high, -1), ranks) for one, ranks in orders]
         for rows, first, width in self.tiles:
             places = (first[:, None] + torch.arange(width, device=first.device)).flatten()
             places = self.intervals.order.index_select(0, places)
@@ -414,17 +410,12 @@ class SortedBand:
         batch, groups, size = self.key.shape[:3]
         heads = torch.arange(batch * groups, device=slots.device).view(batch, groups)
         heads = heads.repeat_interleave(slots.shape[1] // groups, 1)[..., None]
-        return _extended(torch.where(slots < 0, -1, slots + heads * size))
+        return _extended(torch.where(slots < 0, -1, slots + heads * size), -1)
 
 
 def _copy(table: Tensor, index: Tensor, space: _Space, name: str) -> Tensor:
     """The entries `index` (n,) of table (m, D), in the space of that name."""
     return _rows(table, index, space(name, len(index), table.shape[1]))
-
-
-def _extended(x: Tensor) -> Tensor:
-    """(B, H, N) -> (B H N + 1,); the slot that no query fills matches nothing."""
-    return torch.cat([x.flatten(), x.new_full((1,), -1)])
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
