@@ -287,20 +287,15 @@ def attention_errors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) 
     Raises:
         ValueError: the model is not patched, or there is no batch.
     """
-    sums: list[list[Tensor]] = []
+    seen: list[list[tuple[Tensor, Tensor]]] = []
     with evaluating(model), attention_transfer(model) as transfer:
         for batch in batches:
             model(**batch)
-            new = [[w.distance, w.square] for w in transfer._watches]
-            sums = (
-                new
-                if not sums
-                else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, new, strict=True)]
-            )
-        if not sums:
+            seen.append([(watch.distance, watch.square) for watch in transfer._watches])
+        if not seen:
             raise ValueError("no batch was given to measure the attention's error on.")
-        for watch, (distance, square) in zip(transfer._watches, sums, strict=True):
-            watch.distance, watch.square = distance, square
+        for watch, pairs in zip(transfer._watches, zip(*seen, strict=True), strict=True):
+            watch.distance, watch.square = map(sum, zip(*pairs, strict=True))
         return transfer.errors()
 
 
