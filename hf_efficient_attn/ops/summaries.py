@@ -107,7 +107,7 @@ def summary_decoder(
     exact_segments: int = 0,
     window: int | None = None,
     num_sinks: int,
-    bias: Tensor | None,
+    bias: Tensor,
     lengths: Tensor | None,
     state: AttentionState | None,
     scaling: float,
@@ -137,9 +137,8 @@ def summary_decoder(
         slots = slots[:2]
         visible = _Visible(summary, pattern, num_sinks, query.shape[1], slots[0].shape[2], key.device)
         if in_ranges(query, context, pattern, dropout):
-            added = None if bias is None else bias[:, None].expand(1, -1, visible.size)
+            added = bias[:, None].expand(1, -1, visible.size)
             if visible.exists is not None:
-                added = query.new_zeros(1, query.shape[1], visible.size) if added is None else added
                 added = added.masked_fill(~visible.exists[:, :, 0], float("-inf"))
 
             def seen(exact: int) -> tuple[int, int]:
