@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class Selection:
     scores: list[LayerScore]
     costs: dict[str, dict[str, float]]
     budget: Budget
-    dense_loss: float = field(default=math.nan)
+    dense_loss: float = math.nan
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

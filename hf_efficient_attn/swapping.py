@@ -73,12 +73,8 @@ def parse_layers(layers: Layers, count: int) -> list[int]:
                     f"layers = {layers!r}: the range {piece!r} is empty; the model has layers 0 to {count - 1}."
                 )
             numbers += range(first, last + 1)
-    elif isinstance(layers, int) and not isinstance(layers, bool):
-        numbers = [layers]
-    elif isinstance(layers, Iterable):
-        numbers = list(layers)
     else:
-        numbers = [layers]
+        numbers = list(layers) if isinstance(layers, Iterable) else [layers]
     numbers = [n.__index__() if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in numbers]
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
@@ -186,7 +182,7 @@ def _build(model: PreTrainedModel, config: VariantConfig, host: Host | FeedForwa
             f"{layer} ({host.name}) does not hand its keyword arguments to the attention function, so its input cannot reach "
             f"{config.name!r}, which reads it."
         )
-    parts = [host.module] if isinstance(host, Host) else list(host.maps.values())
+    parts = _exchanged(host)
     weights = [x for part in parts for x in (*part.parameters(), *part.buffers())]
     if weights:
         hooked = any(hasattr(module, "_hf_hook") for part in parts for module in part.modules())

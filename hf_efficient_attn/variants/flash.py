@@ -40,7 +40,6 @@ class FlashConfig(EfficientAttentionConfig):
 )
 class FlashAttention(EfficientAttention):
     config_class = FlashConfig
-    constant_state = False
     linear_cost = False
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:

@@ -131,7 +131,8 @@ class InfiniAttention(EfficientAttention):
         with torch.autocast(query.device.type, enabled=False):
             if stored is None:
                 d = query.shape[3]
-                stored = query.new_zeros(*context.key.shape[:2], d, d + 1, dtype=_accurate(query))
+                accurate = torch.promote_types(query.dtype, torch.float32)
+                stored = query.new_zeros(*context.key.shape[:2], d, d + 1, dtype=accurate)
             key, value = (x[:, :, : complete * b] for x in (context.key, context.value))
             memories = self._write(stored, key, value, complete)
             if state is not None and complete:
@@ -159,7 +160,3 @@ class InfiniAttention(EfficientAttention):
             known = phi @ memory[..., :-1] / (phi @ memory[..., -1:]).clamp_min(FLOOR)  # 0 of an empty memory
             memories.append(memory + torch.cat([phi.mT @ (values - known), phi.sum(-2)[..., None]], -1))
         return torch.stack(memories, 2)
-
-
-def _accurate(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
