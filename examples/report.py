@@ -162,8 +162,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def plot(results: dict[str, Any], path: Path) -> bool:
-    """pareto.png: quality lost over memory and over time saved. Returns whether there was anything to draw."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """pareto.png: quality lost over memory and over time saved, where there is anything to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +171,7 @@ def plot(results: dict[str, Any], path: Path) -> bool:
 
     panels = [("peak_bytes", "memory of a training step saved, %"), ("seconds", "time of a training step saved, %")]
     if not any(_points(results, "train_step", figure) for figure, _ in panels):
-        return False
+        return
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     marks = {"dense": ("s", "black"), "variant": ("o", "tab:blue"), "control": ("x", "tab:gray")}
     for axis, (key, name) in zip(axes, panels, strict=True):
@@ -188,7 +188,6 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     figure.suptitle(_title(results))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return True
 
 
 def write(results: dict[str, Any], folder: Path) -> None:

@@ -16,7 +16,6 @@ from hf_efficient_attn import available_variants, patch_model, unpatch_model
 from hf_efficient_attn.registry import get_config_class
 
 pytest.importorskip("bitsandbytes")
-SHARED = ["linformer", "rfa", "performer", "moe"]  # with parameters, linear maps, buffers, and in the feed-forward
 
 
 def load(name: str, path: Path, bits: int | None = None, **options: Any) -> Any:
