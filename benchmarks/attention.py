@@ -2,7 +2,7 @@
 Speed and memory of every variant's attention alone, forward and backward, against PyTorch's SDPA of the same causality,
 measured in the same run, turn by turn. One row per measurement goes into a CSV; a table is printed.
 
-    python -m benchmarks.attention --lengths 1024 4096 --output benchmarks/results/attention_cpu.csv
+    python -m benchmarks.attention --lengths 1024 4096 --output results/attention_cpu.csv
 
 Columns: variant, mode (encoder or decoder), metric, unit, length (tokens), value, low and high (20th and 80th percentile where
 there are repeats), config (JSON), device, threads, dtype, time (UTC), torch.
@@ -34,7 +34,7 @@ HEADS, HEAD_DIM = 12, 64
 
 
 def comparable_config(name: str, longest: int) -> EfficientAttentionConfig:
-    """The variant's defaults, which are sizes of 256; a bound on the length is raised to the longest measured."""
+    """The variant's defaults; a bound on the length is raised to the longest measured."""
     config_class = get_info(name).config_class
     return config_class(max_length=longest) if "max_length" in config_class.options() else config_class()
 
