@@ -7,6 +7,8 @@ The one attention function: patched layers go to their variant, all others to wh
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caching import AttentionState
 from .hosts import HostCode, cache_argument, hidden_input, other_source
-from .masking import HIDES, AttentionMask, efficient_attention_mask, key_padding, real_tokens, texts_of
+from .masking import HIDES, OWN, AttentionMask, efficient_attention_mask, key_padding, real_tokens, texts_of
 from .ops.rows import Rows, Texts
 from .variant import EfficientAttention
 
@@ -122,7 +124,9 @@ def efficient_attention_forward(
     window, longest = kwargs.get("sliding_window"), key.shape[2] if state is None else state.seen
     if window is not None and (rows.longest if isinstance(rows, Texts) else longest) > window:
         raise ValueError(_refuses(variant, HIDES.format(window)))
-    output = variant(
+    index = getattr(attention_mask, "index", None) if rows is None else None
+    run = variant if index is None else partial(_of_texts, variant, *index)
+    output = run(
         query,
         key,
         value,
@@ -134,6 +138,16 @@ def efficient_attention_forward(
         hidden=None if call is None or not variant.needs_hidden else call.hidden,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _of_texts(
+    variant: EfficientAttention, index: Tensor, ahead: Tensor, *args: Tensor, padding: None, **options
+) -> Tensor:
+    """`AttentionMask.index` read in a compiled model, where numbers can be looked at."""
+    if variant.host.causal and bool(ahead.any()):
+        raise ValueError(_refuses(variant, OWN))
+    return variant(*args, padding=Texts.of(index) if bool(index.any()) else padding, **options)
 
 
 def _refuses(variant: EfficientAttention, reason: str) -> str:
@@ -205,7 +219,10 @@ class PatchedForward:
         source = other_source(given)
         if source is not None:
             raise ValueError(_refuses(self.efficient_attn, f"keys come from another sequence ({source})"))
-        state = layer_state(self, cache_argument(args, kwargs), given.get("layer_idx"))
+        cache = cache_argument(args, kwargs)
+        if cache is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return _uncompiled(PatchedForward.forward, self, *args, **kwargs)
+        state = layer_state(self, cache, given.get("layer_idx"))
         if not self.host_code.hands_on:
             return super().forward(*args, **kwargs)
         call = Call(state, hidden_input(args, kwargs))
@@ -221,6 +238,12 @@ class PatchedForward:
                 f"{self.efficient_attn.host.layer} would have stayed dense. This architecture cannot be patched."
             )
         return output
+
+
+@torch.compiler.disable
+def _uncompiled(function: Callable, *args, **kwargs) -> Any:
+    """Generation: counts of a state are numbers of Python, of which a compiled graph would hold two for each layer."""
+    return function(*args, **kwargs)
 
 
 class PatchedLinear:

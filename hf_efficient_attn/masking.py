@@ -41,7 +41,6 @@ if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
     _REMAPPED = masking_utils.remap_positions_for_packed_sequence(causal_mask_function, torch.zeros(1, 1)).__code__
 
 OWN = "a mask function of the model's own"
-COMPILED = "packed sequences (position_ids, and neither a mask nor a cache) under torch.compile, or " + OWN
 FOREIGN_USE = (
     "code of this model computes with its attention mask, beside Transformers' attention function, so its layers cannot be "
     "patched: no variant, and no layer that is left dense, would get the mask it needs"
@@ -57,8 +56,9 @@ class AttentionMask:
     What Transformers' mask factory makes for a patched model, in place of a (B, 1, N, M) tensor.
 
     padding: (B, M) bool over cached and new tokens, or None where none is padded. length: M, the tokens it speaks of.
-    texts: those that the rows hold, where they are several. causal: the direction the factory was asked for. custom: why no
-    variant can honour this mask, or None.
+    texts: those that the rows hold, where they are several. index: under torch.compile, (B, N) which text of its row a token
+    belongs to, and (B or 1, N - 1) whether it sees the next one. causal: the direction the factory was asked for. custom: why
+    no variant can honour this mask, or None.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -66,6 +66,7 @@ class AttentionMask:
         self._dense: dict[str, Tensor | None] = {}
         self._rows: tuple[int, Rows | None] | None = None
         self.texts: Texts | None = None
+        self.index: tuple[Tensor, Tensor] | None = None
         self._contradicts: bool | None = None
         self.query_length = int(arguments["q_length"])
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
@@ -126,13 +127,27 @@ class AttentionMask:
         return causal, None if reach is None or longest <= reach else HIDES.format(reach)
 
     def _read_compiled(self, function: Callable) -> tuple[bool | None, str | None]:
-        """As `_read` where closures cannot be looked into: Transformers says whether a mask may be skipped."""
-        reach = self._arguments.get("local_size")
+        """
+        As `_read` where closures cannot be looked into. Without a mask and a cache Transformers takes texts apart, also where
+        there is one alone: sets `index`, by asking which tokens see the one before.
+        """
+        arguments, reach = self._arguments, self._arguments.get("local_size")
         if function is causal_mask_function or function is bidirectional_mask_function:
             return function is causal_mask_function, None
-        if reach is None or self._arguments.get("use_vmap"):
-            return None, COMPILED
-        return None, None if self.length <= reach else HIDES.format(reach)
+        whole = arguments.get("attention_mask") is None and self.query_length == self.length
+        if arguments.get("use_vmap") or not (whole or reach):
+            return None, OWN
+        if reach is not None and self.length > reach:
+            return None, HIDES.format(reach)
+        if whole and torch.compiler.is_exporting():
+            return None, "texts of one row could not be told apart in torch.export (give an attention_mask, of ones)"
+        if whole:
+            token = torch.arange(self.length, device=arguments.get("device"))
+            row = torch.arange(int(arguments["batch_size"]), device=token.device)[:, None]
+            before, after = (token - 1).clamp_min(0), (token + 1).clamp_max(self.length - 1)
+            ends = ~function(row, 0, token, before).expand(len(row), self.length)
+            self.index = ends.cumsum(1), function(row, 0, token[:-1], after[:-1])
+        return None, None
 
     def rows(self, tokens: int) -> Rows | Texts | None:
         """

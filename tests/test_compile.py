@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_modeling import output
+from transformers.masking_utils import create_causal_mask
 from zoo import ZOO
 
 from hf_efficient_attn import patch_model, unpatch_model
@@ -62,14 +63,40 @@ def test_training_step(name: str, variant: str):
 
 
 def test_generation_of_a_compiled_model():
-    model, inputs = (
-        patch_model(ZOO["llama"].build(), "sliding_window", window=3),
-        ZOO["llama"].inputs(length=13, pad="left"),
-    )
+    """Deep enough that a graph that holds the states' counts would not compile."""
+    model = patch_model(ZOO["llama"].build(num_hidden_layers=12), "sliding_window", window=3)
+    inputs = ZOO["llama"].inputs(length=109, pad="left")
     options = {"do_sample": False, "max_new_tokens": 6}
     plain = model.generate(**inputs, **options)
-    model.forward = torch.compile(model.forward, backend="aot_eager", dynamic=True)
+    model.forward = torch.compile(model.forward)
     assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_texts_without_a_mask(name: str):
+    """Transformers cannot say then whether positions start again: one text, several in a row, and blocks that look ahead."""
+    model, inputs = patch_model(ZOO[name].build(), "sliding_window", window=3), ZOO[name].inputs(length=13)
+    compiled = torch.compile(model, backend="eager")
+    given = {"input_ids": inputs["input_ids"], "use_cache": False}
+    plain = output(model, given)
+    assert (output(compiled, given) - plain).abs().max() < 1e-5
+    given["position_ids"] = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    packed = output(model, given)
+    assert (output(compiled, given) - packed).abs().max() < 1e-5
+    assert (packed - plain).abs().max() > 1e-2
+
+
+def test_images_in_a_text_without_a_mask():
+    config = ZOO["llama"].config()
+    config._attn_implementation = "efficient_attention"
+    blocks = torch.tensor([[-1, 0, 0, 0, -1, -1, -1, -1]])
+
+    @torch.compile(backend="eager")
+    def ahead(x):
+        options = {"config": config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
+        return create_causal_mask(**options, block_sequence_ids=blocks).index[1]
+
+    assert ahead(torch.zeros(1, 8, 32)).tolist() == [[False, True, True, False, False, False, False]]
 
 
 def test_compiled_before_and_unpatched_after():

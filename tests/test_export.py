@@ -72,6 +72,13 @@ def test_exported(name: str, variant: str):
     assert largest(program) < 2 * 4 * LENGTH**2 or variant in ("flash", "funnel")  # of weights for each pair of tokens
 
 
+def test_a_text_without_a_mask_is_refused():
+    """Its positions might start again, which a graph would not notice."""
+    model, tokens = patch_model(ZOO["llama"].build().eval(), "block"), ZOO["llama"].inputs()["input_ids"]
+    with torch.no_grad(), pytest.raises(ValueError, match="give an attention_mask"):
+        torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
+
+
 def test_dense_weights_are_noticed():
     assert largest(export(Reader("bert", None))) >= 2 * LENGTH**2
 
