@@ -88,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if session.accelerator.is_main_process:
         report.write(session.results, session.folder)
         report.print_table(session.results)
-        print(f"results.json, report.md and pareto.png are in {session.folder}")
+        print(f"in {session.folder}: {', '.join(sorted(file.name for file in session.folder.glob('*.*')))}")
         if args.push_to_hub:
             push(session)
         shutil.rmtree(session.base_folder, ignore_errors=True)

@@ -95,20 +95,6 @@ class Buffer:
     new: Count
     length: Count
 
-    @property
-    def positions(self) -> Tensor:
-        """(S,) or (B, S) int64: the position that each slot holds."""
-        slots = torch.arange(self.key.shape[2], device=self.key.device)
-        return column(self.first) + slots
-
-    @property
-    def used(self) -> Tensor | None:
-        """(B, S) bool, which slots hold a token, or None where all do."""
-        if isinstance(self.length, int) and self.length == self.key.shape[2]:
-            return None
-        slots = torch.arange(self.key.shape[2], device=self.key.device)
-        return (slots < column(self.length)).expand(self.key.shape[0], -1)
-
 
 @dataclass
 class Room:

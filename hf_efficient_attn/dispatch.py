@@ -300,7 +300,7 @@ def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> Atte
         held = f"{layer.get_seq_length()} tokens in a {type(layer).__name__}"
         raise ValueError(
             f"variant {variant.config.name!r} keeps a decoder state of its own, but layer {index} of this cache holds {held}. "
-            "Give an empty DynamicCache (or none) from the first token on."
+            "Give an empty DynamicCache (or none) from the first token on; a cache of fixed size has no place for it."
         )
     if getattr(cache, "offloading", False):
         raise ValueError(

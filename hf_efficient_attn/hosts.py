@@ -54,6 +54,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: there is none, or more than one side by side.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"a Transformers model is needed, not {model!r:.60} ({type(model).__name__}): load it first, as in "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
     if isinstance(model, PreTrainedModel):
         return model
     found: list[tuple[str, PreTrainedModel]] = []

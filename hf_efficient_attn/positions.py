@@ -39,7 +39,9 @@ def extend_positions(model: Model, max_length: int, tokenizer: Any = None) -> Mo
         )
         raise ValueError(f"{type(base).__name__} has no learned positions; {how}.")
     reach = min(table.module.num_embeddings - table.offset for table in tables)
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length <= reach:
+    if not isinstance(max_length, int) or isinstance(max_length, bool):
+        raise ValueError(f"max_length = {max_length!r}: give an integer, a number of tokens.")
+    if max_length <= reach:
         raise ValueError(f"max_length = {max_length!r}: {type(base).__name__} reads {reach} tokens already; give more.")
     for name, module in base.named_modules():
         if any(buffer.shape[-2:] == (reach, reach) for buffer in module.buffers(recurse=False)):

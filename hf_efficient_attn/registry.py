@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,14 @@ FAMILIES = (
     "down-sampling",
     "sparse models",
 )
+
+# What a mechanism is called elsewhere, without underscores and the like.
+OTHER_NAMES = {
+    "longformer": "sliding_window", "streamingllm": "sliding_window", "swa": "sliding_window", "sparsetransformer": "strided",
+    "axial": "combined", "reformer": "lsh", "smyrf": "lsh", "quest": "topk_blocks", "moba": "topk_blocks",
+    "nsa": "topk_blocks", "lolcats": "hedgehog", "favor": "performer", "settransformer": "perceiver",
+    "mod": "mixture_of_depths", "moh": "mixture_of_heads", "flashattention": "flash", "lineartransformer": "linear", "elu": "linear",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def register_variant(name: str, *, family: str, summary: str, paper: str) -> Cal
         if not issubclass(module_class, EfficientLayer):
             raise TypeError(f"{module_class.__name__} must derive from EfficientAttention or EfficientFeedForward.")
         if not (isinstance(config_class, type) and issubclass(config_class, VariantConfig)):
-            raise TypeError(f"{module_class.__name__}.config_class must derive from EfficientAttentionConfig.")
+            raise TypeError(f"{module_class.__name__}.config_class must derive from VariantConfig.")
         config_class.name = name
         _REGISTRY[name] = VariantInfo(name, family, summary, paper, config_class, module_class)
         return module_class
@@ -77,7 +86,12 @@ def unregister_variant(name: str) -> None:
 
 
 def available_variants(kind: str | None = None) -> dict[str, VariantInfo]:
-    """Every registered variant, or those of a kind, in the survey's order of families: name -> `VariantInfo`."""
+    """
+    Every registered variant, or those of a kind, "attention" or "feed-forward", in the survey's order of families: name ->
+    `VariantInfo`.
+    """
+    if kind not in (None, "attention", "feed-forward"):
+        raise ValueError(f"kind {kind!r}: choose 'attention' or 'feed-forward', or None for both.")
     wanted = [item for item in _REGISTRY.items() if kind in (None, item[1].kind)]
     return dict(sorted(wanted, key=lambda item: FAMILIES.index(item[1].family)))
 
@@ -85,7 +99,11 @@ def available_variants(kind: str | None = None) -> dict[str, VariantInfo]:
 def get_info(name: str) -> VariantInfo:
     """The registry's row for `name`; ValueError with the nearest names where there is none."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
+        if name == "dense":
+            raise ValueError("'dense' is no variant: layers that are not named stay dense, so leave them out.")
+        plain = re.sub("[^a-z]", "", str(name).lower())
+        near = [OTHER_NAMES[plain]] if OTHER_NAMES.get(plain) in _REGISTRY else None
+        near = near or difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"unknown variant {name!r}.{hint} Available: {', '.join(available_variants())}.")
     return _REGISTRY[name]

@@ -35,6 +35,7 @@ from .hosts import base_model, find_hosts
 from .losses import causal_lm_losses, has_plain_head
 from .modes import evaluating
 from .ops.exact import exact_attention
+from .ops.rows import Texts
 from .patching import STRATEGIES, as_key, patched
 from .recovery import patched_layers
 from .registry import available_variants, build, get_info
@@ -70,8 +71,8 @@ class Budget:
         if (self.max_loss is None) == (self.max_cost is None):
             raise ValueError("Budget: give either max_loss (such as 0.02) or max_cost (such as 0.33).")
         given = self.max_loss if self.max_cost is None else self.max_cost
-        if not given > 0:
-            raise ValueError(f"Budget: {given!r} is not above 0.")
+        if not isinstance(given, (int, float)) or not given > 0:
+            raise ValueError(f"Budget: {given!r} is no number above 0, such as 0.02 for two per cent.")
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, Any] | None) -> Budget:
@@ -150,7 +151,8 @@ def default_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**batch).loss
     inner = base_model(model)
     if not all(host.shape.causal for host in find_hosts(inner)) or inner.get_output_embeddings() is None:
-        raise ValueError(f"{type(inner).__name__} does not predict the next token; give batches with `labels`.")
+        name = getattr(type(inner), "dense_class", type(inner)).__name__
+        raise ValueError(f"{name} does not predict the next token; give batches with `labels`.")
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if batch.keys() <= {"input_ids", "attention_mask"} and has_plain_head(inner, ids):
         losses, predicted = causal_lm_losses(inner, ids, mask)
@@ -189,6 +191,11 @@ def select_variants(
     batches = [] if isinstance(data, Mapping) else list(data)
     if not batches:
         raise ValueError("select_variants needs text: `data` must be a list of batches, and has none.")
+    if not all(isinstance(batch, Mapping) for batch in batches):
+        raise ValueError(
+            f"data holds a {type(batches[0]).__name__}: give a list of batches, dicts of tensors such as "
+            "dict(tokenizer(texts, return_tensors='pt'))."
+        )
     if runs < 1:
         raise ValueError(f"runs = {runs}: at least one mapping must be run.")
     if loss_of not in (None, "token", "text"):
@@ -313,8 +320,8 @@ class _Trial:
         exact = output.detach()
         kwargs = {name: kwargs[name] for name in ("padding", "scaling", "causal", "hidden") if name in kwargs}
         rows = kwargs["padding"]
-        tokens = exact.shape[0] * exact.shape[2] if rows is None else int(rows.lengths.sum())
-        self.length = max(self.length, exact.shape[2])
+        tokens = exact.shape[0] * exact.shape[2] if rows is None or rows.real is None else int(rows.real.sum())
+        self.length = max(self.length, rows.longest if isinstance(rows, Texts) else exact.shape[2])
         self.square += self._summed(exact.float().square())
         output = output if output.requires_grad else output.requires_grad_(True)
         output.register_hook(lambda gradient: self._try(gradient, kept, kwargs, exact, tokens))

@@ -187,7 +187,10 @@ def _build(model: PreTrainedModel, config: VariantConfig, host: Host | FeedForwa
     if weights:
         hooked = any(hasattr(module, "_hf_hook") for part in parts for module in part.modules())
         if weights[0].device.type == "meta" and hooked:
-            raise ValueError(f"{layer} is offloaded; patch the model before its weights are.")
+            raise ValueError(
+                f"{layer} is offloaded. Patch the model on one device and save it; the patched checkpoint can be loaded with a "
+                "device_map."
+            )
         dtype = next((x.dtype for x in weights if x.dtype in FLOATS), model.dtype)  # quantised layers may have none
         device = next((x.device for x in weights if x.device.type == "meta"), weights[0].device)
         variant = variant.to(device=device, dtype=dtype)

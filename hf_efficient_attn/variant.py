@@ -278,9 +278,8 @@ class EfficientAttention(EfficientLayer):
     def _encoder_dense_below(self, query, key, value, *, lengths, hidden, state, **shared) -> Tensor:
         """Rows of fewer than `dense_below` real tokens attend exactly."""
         limit = self.config.dense_below
-        exact = {k: v for k, v in shared.items() if k != "hidden"}
         if query.shape[2] < limit:
-            return exact_attention(query, key, value, lengths=lengths, **exact)
+            return exact_attention(query, key, value, lengths=lengths, **shared)
         short = None if lengths is None else (lengths < limit).nonzero()[:, 0]
         if short is None or len(short) == 0:
             return self.attend(query, key, value, lengths=lengths, hidden=hidden, state=state, **shared)
@@ -288,7 +287,7 @@ class EfficientAttention(EfficientLayer):
         output = torch.zeros_like(query)
         n = limit - 1
         dense = exact_attention(
-            query[short, :, :n], key[short, :, :n], value[short, :, :n], lengths=lengths[short], **exact
+            query[short, :, :n], key[short, :, :n], value[short, :, :n], lengths=lengths[short], **shared
         )
         output = output.index_put((short,), torch.nn.functional.pad(dense, (0, 0, 0, query.shape[2] - n)))
         if len(rest):

@@ -28,7 +28,8 @@ from transformers import (
 from zoo import ZOO
 
 import hf_efficient_attn as hea
-from hf_efficient_attn import patch_model, patched, unpatch_model
+from hf_efficient_attn import available_variants, describe, patch_model, patched, unpatch_model
+from hf_efficient_attn.registry import OTHER_NAMES
 from hf_efficient_attn.swapping import is_patched
 
 DECODERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2_nocap", "phi3")
@@ -70,6 +71,20 @@ def refuses(model: nn.Module, match: str, *args: Any, **kwargs: Any) -> None:
 # What cannot be patched
 
 
+@pytest.mark.parametrize("function", [lambda x: patch_model(x, "block"), unpatch_model, describe])
+def test_what_is_no_model(function):
+    with pytest.raises(
+        ValueError, match=r"a Transformers model is needed, not 'bert-base-uncased' \(str\): load it first"
+    ):
+        function("bert-base-uncased")
+
+
+def test_kinds_of_variants():
+    assert {*available_variants("attention"), *available_variants("feed-forward")} == set(available_variants())
+    with pytest.raises(ValueError, match="kind 'attn': choose 'attention' or 'feed-forward'"):
+        available_variants("attn")
+
+
 def test_unknown_variant_names_the_nearest():
     model = ZOO["bert"].build()
     refuses(
@@ -78,6 +93,10 @@ def test_unknown_variant_names_the_nearest():
     refuses(model, r"unknown variant 'zzz'\. Available", "zzz")
     refuses(model, "unknown variant", {"variant": "blok"})
     refuses(model, "unknown variant", {0: "block", 1: "blok"})
+    refuses(model, "unknown variant 'Longformer'. Did you mean 'sliding_window'", "Longformer")
+    refuses(model, "unknown variant 'set-transformer'. Did you mean 'perceiver'", "set-transformer")
+    refuses(model, "layers that are not named stay dense", {0: "block", 1: "dense"})
+    assert set(OTHER_NAMES.values()) <= set(available_variants())
     patch_model(model, "sliding_window")
 
 

@@ -218,7 +218,9 @@ def test_the_short_form(monkeypatch) -> None:
         ({"budget": {"max_cost": 0.001, "cost": "flops"}}, "the cheapest mapping"),
         ({"budget": {"max_loss": 0.1, "max_cost": 0.5}}, "give either"),
         ({"budget": 0.1}, "budget = 0.1: give max_loss or max_cost"),
-        ({"budget": {"max_loss": -1.0}}, "not above 0"),
+        ({"budget": {"max_loss": -1.0}}, "no number above 0"),
+        ({"budget": {"max_loss": "2%"}}, "'2%' is no number above 0"),
+        ({"data": ["a text"]}, "data holds a str: give a list of batches"),
         ({"budget": {"max_loss": 0.1, "cost": "money"}}, "choose one or more of time"),
         ({"budget": {"max_loss": 0.1, "cost": ()}}, "choose one or more of time"),
         ({"budget": {"max_cost": 0.001, "cost": ("flops", "state")}}, "dense attention's flops and state"),
@@ -232,6 +234,23 @@ def test_bad_input(change: dict, words: str) -> None:
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_texts_of_one_row_are_chosen_for_as_rows_of_their_own(per_head: bool) -> None:
+    model, _ = sharpened()
+    ids = ZOO["llama"].inputs(2, 24)["input_ids"]
+    labels = ids.clone()
+    labels[:, 0] = -100
+    rows = {"input_ids": ids, "labels": labels, "use_cache": False}
+    packed = {"input_ids": ids.view(1, 48), "labels": labels.view(1, 48), "use_cache": False}
+    packed["position_ids"] = torch.arange(24).repeat(2)[None]
+    options = {"candidates": CANDIDATES, "budget": Budget(max_cost=0.8, cost="flops"), "per_head": per_head}
+    one, two = (select_variants(model, [batch], **options) for batch in (rows, packed))
+    assert (one.mapping, one.costs["flops"]) == (two.mapping, two.costs["flops"])
+    assert one.dense_loss == pytest.approx(two.dense_loss, rel=1e-5)
+    for a, b in zip(one.scores, two.scores, strict=True):
+        assert (a.error, a.rise) == pytest.approx((b.error, b.rise), rel=1e-3, abs=1e-7)
+
+
 def test_what_has_no_loss_or_no_state_is_refused() -> None:
     encoder, _ = sharpened("bert")
     batches = [ZOO["bert"].inputs(2, 20)]
@@ -239,6 +258,8 @@ def test_what_has_no_loss_or_no_state_is_refused() -> None:
         select_variants(encoder, batches, candidates=["block"], budget=Budget(max_loss=0.1))
     with pytest.raises(ValueError, match="keeps no decoder state"):
         select_variants(encoder, batches, candidates=["block"], budget=Budget(max_loss=0.1, cost=("flops", "state")))
+    with pytest.raises(ValueError, match=r"^BertForMaskedLM does not predict"):
+        default_loss(patch_model(encoder, "block"), batches[0])
 
 
 def test_a_loss_that_is_not_a_number_is_the_worst() -> None:

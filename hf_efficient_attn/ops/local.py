@@ -1,6 +1,6 @@
 """
 Local attention in tiles: blocks of queries, each with the window of keys around it, in one softmax with a few tokens that
-everyone sees. Shared by `block`, `sliding_window` and `transformer_xl`.
+everyone sees: `block`, `sliding_window`, `transformer_xl` and the exact part of other variants.
 
 A pattern (`Segments`, `Band`) says which past keys a decoder's token t sees exactly; sinks, the first positions of the
 sequence, join them once they lie outside that range. All tiles have the same mask, since rows are padded behind their real

@@ -76,7 +76,9 @@ class ClusterFormerConfig(EfficientAttentionConfig):
 
     def window_only(self, causal: bool) -> EfficientAttentionConfig:
         """All layers sliding windows."""
-        return get_config_class("sliding_window")(window=self.window, num_sinks=self.num_sinks)
+        return get_config_class("sliding_window")(
+            window=self.window, num_sinks=self.num_sinks, dense_below=self.dense_below
+        )
 
 
 @register_variant(

@@ -83,7 +83,8 @@ class ClusteredConfig(EfficientAttentionConfig):
 
     def window_only(self, causal: bool) -> EfficientAttentionConfig | None:
         """A decoder's own chunk, and nothing else; an encoder has none."""
-        return get_config_class("block")(block_size=self.chunk_size, num_sinks=0) if causal else None
+        options = {"block_size": self.chunk_size, "num_sinks": 0, "dense_below": self.dense_below}
+        return get_config_class("block")(**options) if causal else None
 
 
 class Read(NamedTuple):

@@ -80,7 +80,9 @@ class SinkhornConfig(EfficientAttentionConfig):
 
     def window_only(self, causal: bool) -> EfficientAttentionConfig:
         """The own block and the sinks."""
-        return get_config_class("block")(block_size=self.block_size, num_sinks=self.num_sinks)
+        return get_config_class("block")(
+            block_size=self.block_size, num_sinks=self.num_sinks, dense_below=self.dense_below
+        )
 
 
 @register_variant(

@@ -60,7 +60,9 @@ class StridedConfig(EfficientAttentionConfig):
         """The neighbours and the sinks."""
         if self.local_size == 0:
             return None
-        return get_config_class("sliding_window")(window=self.local_size, num_sinks=self.num_sinks)
+        return get_config_class("sliding_window")(
+            window=self.local_size, num_sinks=self.num_sinks, dense_below=self.dense_below
+        )
 
 
 @register_variant(

@@ -69,7 +69,9 @@ class TopkBlocksConfig(EfficientAttentionConfig):
 
     def window_only(self, causal: bool) -> EfficientAttentionConfig:
         """The own block and as many first tokens as block 0 has."""
-        return get_config_class("block")(block_size=self.block_size, num_sinks=self.block_size)
+        return get_config_class("block")(
+            block_size=self.block_size, num_sinks=self.block_size, dense_below=self.dense_below
+        )
 
 
 class SummaryStore(TokenStore):
