@@ -27,7 +27,7 @@ OTHER_NAMES = {
     "longformer": "sliding_window", "streamingllm": "sliding_window", "swa": "sliding_window", "sparsetransformer": "strided",
     "axial": "combined", "reformer": "lsh", "smyrf": "lsh", "quest": "topk_blocks", "moba": "topk_blocks",
     "nsa": "topk_blocks", "lolcats": "hedgehog", "favor": "performer", "settransformer": "perceiver",
-    "mod": "mixture_of_depths", "moh": "mixture_of_heads", "flashattention": "flash", "lineartransformer": "linear", "elu": "linear",
+    "mod": "mixture_of_depths", "moh": "mixture_of_heads", "flashattention": "flash", "lineartransformer": "linear",
 }  # fmt: skip
 
 
