@@ -34,6 +34,8 @@ Model = Annotated[str, typer.Argument(help="a Hub id or a local folder")]
 Masked = Annotated[
     bool, typer.Option("--masked-lm", help="the model is an encoder with a masked language modelling head")
 ]
+Gguf = Annotated[str | None, typer.Option(help="the file in that folder, where the weights are in GGUF")]
+Device = Annotated[str | None, typer.Option(help="where to run, such as cpu or cuda:1; the first GPU if there is one")]
 
 
 @app.command()
@@ -61,6 +63,8 @@ def measure(
     variants: Annotated[list[str], typer.Option(help="a variant's name; may be repeated")],
     lengths: Annotated[list[int], typer.Option(help="tokens of a text; may be repeated")],
     masked_lm: Masked = False,
+    gguf_file: Gguf = None,
+    device: Device = None,
     batch_size: Annotated[int, typer.Option(help="texts at a time", min=1)] = 1,
     repeats: Annotated[int, typer.Option(help="timed calls, of which the median counts", min=1)] = 3,
 ) -> None:
@@ -72,7 +76,7 @@ def measure(
         _exit(f"--lengths {min(lengths)}: a text has at least one token.")
     for name in variants:
         _or_exit(lambda name=name: get_info(name))
-    net = _or_exit(lambda: _load(model, masked_lm, max(lengths)))
+    net = _or_exit(lambda: _load(model, masked_lm, max(lengths), gguf_file, device))
     table = Table("variant", *(f"{n:,} tokens: time, memory" for n in sorted(lengths)), "faster from")
     for name in variants:
         twin = copy.deepcopy(net, {id(weight): weight for weight in net.parameters()})  # the same weights beside it
@@ -81,9 +85,8 @@ def measure(
         for n in sorted(lengths):
             ids = torch.randint(net.config.vocab_size, (batch_size, n), generator=torch.Generator().manual_seed(0))
             read, ours = (_reader(which, ids.to(net.device)) for which in (net, twin))
-            device = net.device
-            ratio = measuring.time_ratio(ours, read, repeats=repeats, device=device)
-            peak = measuring.peak_memory(ours, device) / measuring.peak_memory(read, device)
+            ratio = measuring.time_ratio(ours, read, repeats=repeats, device=net.device)
+            peak = measuring.peak_memory(ours, net.device) / measuring.peak_memory(read, net.device)
             faster[n] = ratio.ratio < 1
             cells.append(f"{ratio.ratio:.2f}, {peak:.2f}")
         even = [n for n in faster if all(faster[m] for m in faster if m >= n)]
@@ -111,6 +114,8 @@ def select(
         bool, typer.Option("--per-head", help="choose for each key/value head, not for each layer")
     ] = False,
     masked_lm: Masked = False,
+    gguf_file: Gguf = None,
+    device: Device = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the mapping")] = None,
 ) -> None:
     """Find the mapping of layers to variants that meets a budget on your text, for `patch_model(model, mapping)`."""
@@ -118,8 +123,9 @@ def select(
         _exit(f"--output {output}: there is no folder {output.parent}; make it first.")
     choices = _or_exit(lambda: _candidates(candidates))
     budget = _or_exit(lambda: Budget(max_loss=max_loss, max_cost=max_cost, cost=cost))
-    net = _or_exit(lambda: _load(model, masked_lm, length))
-    batches = _or_exit(lambda: _stretches(model, net, text, length, texts, masked_lm))
+    net = _or_exit(lambda: _load(model, masked_lm, length, gguf_file, device))
+    tokenizer = _or_exit(lambda: AutoTokenizer.from_pretrained(model, **_gguf(gguf_file)))
+    batches = _or_exit(lambda: _stretches(tokenizer, net, text, length, texts, masked_lm))
     found = _or_exit(lambda: select_variants(net, batches, candidates=choices, budget=budget, per_head=per_head))
     _show(found)
     if output is not None:
@@ -129,7 +135,10 @@ def select(
 
 def _show(found: Selection) -> None:
     table = Table(
-        "layers", f"share of dense {' and '.join(found.budget.costs)}", "predicted rise, %", "measured rise, %"
+        "layers",
+        f"share of dense attention's {' and '.join(found.budget.costs)}",
+        "predicted rise, %",
+        "measured rise, %",
     )
     named = [("chosen", found.chosen)] + [(f"{point.labels[0]} in all", point) for point in found.uniform]
     for name, point in named:
@@ -144,14 +153,23 @@ def _show(found: Selection) -> None:
         console.print(f"layers {','.join(kept)}: dense")
 
 
-def _load(model: str, masked_lm: bool, length: int) -> PreTrainedModel:
+def _load(model: str, masked_lm: bool, length: int, gguf_file: str | None, device: str | None) -> PreTrainedModel:
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {place}: not on this machine ({str(error).splitlines()[0]}).") from error
     auto = AutoModelForMaskedLM if masked_lm else AutoModelForCausalLM
-    net = auto.from_pretrained(model).eval()
+    net = auto.from_pretrained(model, **_gguf(gguf_file)).eval().to(place)
     reach = learned_positions(net)
     if reach is not None and length > reach:
         console.print(f"{length:,} tokens are beyond the {reach:,} learned positions, which are repeated for this.")
         extend_positions(net, length)
     return net
+
+
+def _gguf(file: str | None) -> dict[str, str]:
+    return {} if file is None else {"gguf_file": file}
 
 
 def _reader(net: PreTrainedModel, ids: torch.Tensor) -> Any:
@@ -164,8 +182,7 @@ def _reader(net: PreTrainedModel, ids: torch.Tensor) -> Any:
     return read
 
 
-def _stretches(model: str, net, text: Path, length: int, count: int, masked_lm: bool) -> list[dict[str, torch.Tensor]]:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def _stretches(tokenizer, net, text: Path, length: int, count: int, masked_lm: bool) -> list[dict[str, torch.Tensor]]:
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
     if ids.shape[1] < length:
         raise ValueError(

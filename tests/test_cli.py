@@ -48,6 +48,24 @@ def test_measure(folder) -> None:
     assert code == 0, words
     assert "repeated for this" in words and "96 tokens" in words and "block" in words
     assert call("measure", folder, "--variants", "blok", "--lengths", 32)[0] == 2
+    code, words = call("measure", folder, "--variants", "block", "--lengths", 32, "--device", "moon")
+    assert code == 2 and "--device moon: not on this machine" in words
+
+
+def test_files_of_gguf(folder, monkeypatch) -> None:
+    """Model and tokenizer come from the file that is named."""
+    asked = []
+    for kind in (cli.AutoModelForCausalLM, cli.AutoTokenizer):
+
+        def load(path, gguf_file=None, kind=kind, load=kind.from_pretrained):
+            asked.append((kind, gguf_file))
+            return load(path)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    options = ["--candidates", "block", "--length", 48, "--texts", 1, "--max-loss", 9, "--gguf-file", "a.gguf"]
+    code, words = call("select", folder, folder / "text.txt", *options, "--device", "cpu")
+    assert code == 0, words
+    assert asked == [(cli.AutoModelForCausalLM, "a.gguf"), (cli.AutoTokenizer, "a.gguf")]
 
 
 def test_select_writes_a_mapping_that_patches(folder, tmp_path) -> None:
