@@ -95,4 +95,4 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     losses = [module._loss for module in learners if module._loss is not None]
     for module in learners:
         module._loss = None
-    return torch.stack(losses).sum() if losses else None
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None

@@ -79,7 +79,7 @@ def efficient_attention_forward(
             see_to_maps([owner])  # a quantiser may have put others there while a model around this one was loaded
         if module.training:
             batch, _, n, _ = query.shape
-            getattr(owner, CHILD).note_tokens(batch, n, real_tokens(attention_mask, n))
+            getattr(owner, CHILD).note_tokens(batch, n, real_tokens(attention_mask, n, query.device))
     variant: EfficientAttention | None = getattr(module, CHILD, None)
     if variant is None:
         if is_causal is not None:
@@ -104,7 +104,7 @@ def efficient_attention_forward(
             raise ValueError(
                 _refuses(variant, f"the mask covers {attention_mask.length} tokens, the layer has {tokens}")
             )
-        rows = attention_mask.rows(query.shape[2])
+        rows = attention_mask.rows(query.shape[2], query.device)
         if state is not None and not state.record_past and attention_mask.contradicts(state):
             raise ValueError(
                 _refuses(variant, "the mask hides other tokens of the cache than were hidden when it read them")
@@ -145,6 +145,7 @@ def _of_texts(
     variant: EfficientAttention, index: Tensor, ahead: Tensor, *args: Tensor, padding: None, **options
 ) -> Tensor:
     """`AttentionMask.index` read in a compiled model, where numbers can be looked at."""
+    index = index.to(args[0].device)
     if variant.host.causal and bool(ahead.any()):
         raise ValueError(_refuses(variant, OWN))
     return variant(*args, padding=Texts.of(index) if bool(index.any()) else padding, **options)
@@ -194,7 +195,7 @@ def _dense(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tu
                 f"a dense {type(module).__name__} has {key.shape[2]} keys where its mask covers {attention_mask.shape[-1]}: it "
                 "uses the keys of a patched layer, which no longer keeps all of them. Patch both layers or neither."
             )
-        attention_mask = attention_mask.dense(implementation)
+        attention_mask = attention_mask.dense(implementation, query.device)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, attention_mask, **kwargs)

@@ -63,8 +63,7 @@ class AttentionMask:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
-        self._dense: dict[str, Tensor | None] = {}
-        self._rows: tuple[int, Rows | None] | None = None
+        self._made: dict[tuple, Any] = {}  # shared by all layers of a device
         self.texts: Texts | None = None
         self.index: tuple[Tensor, Tensor] | None = None
         self._contradicts: bool | None = None
@@ -149,15 +148,24 @@ class AttentionMask:
             self.index = ends.cumsum(1), function(row, 0, token[:-1], after[:-1])
         return None, None
 
-    def rows(self, tokens: int) -> Rows | Texts | None:
-        """
-        The texts, or the real ones among a call's own tokens, the last columns; made once and shared by all layers.
-        """
-        if self.texts is not None:
-            return self.texts
-        if self._rows is None or self._rows[0] != tokens:
-            self._rows = tokens, None if self.padding is None else Rows.of(self.padding[:, -tokens:])
-        return self._rows[1]
+    def rows(self, tokens: int, device: torch.device) -> Rows | Texts | None:
+        """The texts, or the real ones among a call's own tokens, the last columns."""
+
+        def make() -> Rows | Texts | None:
+            return self.texts or (None if self.padding is None else Rows.of(self.padding[:, -tokens:]))
+
+        return self._once("rows", tokens, device, make)
+
+    def _once(self, kind: str, key: Any, device: torch.device, make: Callable[[], Any]) -> Any:
+        """What `make` gives, on the device of the layer that asks: models may be spread over several."""
+        if (kind, key) not in self._made:
+            self._made[kind, key] = make()
+        made = self._made[kind, key]
+        if made is None:
+            return None
+        if (kind, key, device) not in self._made:
+            self._made[kind, key, device] = made.to(device)
+        return self._made[kind, key, device]
 
     def contradicts(self, state: AttentionState) -> bool:
         """
@@ -170,15 +178,13 @@ class AttentionMask:
                 earlier = self.padding[:, : state.seen - self.query_length]
                 read = torch.ones_like(earlier[:, : state.count]) if state.real is None else state.real
                 known = min(earlier.shape[1], read.shape[1])
-                self._contradicts = not torch.equal(earlier[:, :known], read[:, :known])
+                self._contradicts = not torch.equal(earlier[:, :known], read[:, :known].to(earlier.device))
         return self._contradicts
 
-    def dense(self, implementation: str) -> Tensor | None:
+    def dense(self, implementation: str, device: torch.device) -> Tensor | None:
         """The mask that Transformers' attention function `implementation` expects; None where it has no kind of its own."""
-        if implementation not in self._dense:
-            make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-            self._dense[implementation] = None if make is None else make(**self._arguments)
-        return self._dense[implementation]
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        return None if make is None else self._once("dense", implementation, device, lambda: make(**self._arguments))
 
 
 def efficient_attention_mask(*, mask_function: Callable = causal_mask_function, **arguments: Any) -> AttentionMask:
@@ -223,13 +229,13 @@ def texts_of(cumulative: Tensor, batch: int, tokens: int) -> Texts:
     return Texts.of(index.view(batch, tokens))
 
 
-def real_tokens(mask: AttentionMask | Tensor | None, tokens: int) -> Tensor | None:
+def real_tokens(mask: AttentionMask | Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
     """
     (B, tokens) bool of a call's own tokens, True = keep, or None where all are real. Of a mask that was given ready-made,
     tokens that no query sees are padding.
     """
     if isinstance(mask, AttentionMask):
-        rows = mask.rows(tokens)
+        rows = mask.rows(tokens, device)
         return None if rows is None else rows.real
     if mask is None:
         return None

@@ -292,10 +292,10 @@ def add_auxiliary_loss(model: PreTrainedModel, args: tuple, kwargs: dict, output
     labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     shared = "loss_function" in names_in(type(model).forward)  # the model's own loss is divided by `items` then
     if shared and isinstance(labels, Tensor) and items is not None:  # those of batches whose losses a Trainer adds up
-        extra = extra * ((labels != -100).sum().to(extra) / items)
+        extra = extra * ((labels != -100).sum() / items).to(extra)
     if isinstance(output, tuple):
-        return output[0] + extra, *output[1:]
-    output.loss = output.loss + extra
+        return output[0] + extra.to(output[0].device), *output[1:]
+    output.loss = output.loss + extra.to(output.loss.device)
     return output
 
 

@@ -158,7 +158,8 @@ class Transfer:
             RuntimeError: the model was not called yet, or without gradients.
         """
         self._check_called()
-        loss = torch.stack([watch.error() for watch in self._watches]).mean()
+        errors = [watch.error() for watch in self._watches]
+        loss = torch.stack([error.to(errors[0].device) for error in errors]).mean()
         if loss.requires_grad or not self.parameters or not torch.is_grad_enabled():
             return loss
         if not all(watch.graded for watch in self._watches):
@@ -166,7 +167,7 @@ class Transfer:
                 "the model was called without gradients: leave out torch.no_grad(), and use gradient checkpointing with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        return loss + 0 * sum(parameter.sum() for parameter in self.parameters)
+        return loss + 0 * sum(parameter.sum().to(loss.device) for parameter in self.parameters)
 
     def errors(self) -> list[LayerError]:
         """

@@ -361,8 +361,8 @@ def _calibrate(
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            for number, _, exact in patched_layers(model):
-                weight = next(model.parameters())
+            for number, name, exact in patched_layers(model):
+                weight = next(base_model(model).get_submodule(name).parameters())
                 modules = {
                     label: build(config, exact.host).to(device=weight.device, dtype=weight.dtype).eval()
                     for label, config in table.items()

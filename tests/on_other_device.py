@@ -20,12 +20,14 @@ import torch
 from contract import Subject, decode, inputs, paddings, run
 from other_device import elsewhere
 from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 from zoo import ZOO
 
-from hf_efficient_attn import available_variants, patch_model
+from hf_efficient_attn import available_variants, patch_model, select_variants
 from hf_efficient_attn.ops.exact import exact_attention
 from hf_efficient_attn.ops.rows import Texts
-from hf_efficient_attn.recovery import attention_errors
+from hf_efficient_attn.recovery import attention_errors, attention_transfer
 from hf_efficient_attn.registry import get_info
 
 
@@ -88,6 +90,46 @@ def model(name: str, architecture: str) -> None:
             same(here.generate(**given, **options), there.generate(**moved, **options), 0, f"generate {options}")
 
 
+def spread(name: str, architecture: str) -> None:
+    """A model whose second layer lies on the other device, as a `device_map` spreads models over several."""
+    other_device.strict = True
+    tiny, options = ZOO[architecture], {"layers": "1"} if name == "flash" else {}
+    given = tiny.inputs(2, 20, "right" if architecture == "bert" else "left")
+    model, alone = (patch_model(tiny.build(), name, **options).train() for _ in range(2))
+    _spread(model, architecture)
+    ours, theirs = (m(**given, labels=given["input_ids"]) for m in (alone, model))
+    assert (ours.logits - theirs.logits).abs().max() < 1e-3
+    assert (ours.loss - theirs.loss).abs() < 1e-3
+    theirs.loss.backward()
+    if name == "hedgehog":
+        with attention_transfer(model) as transfer:
+            model(**given)
+            transfer.loss().backward()
+        dense = tiny.build(), _spread(tiny.build(), architecture)
+        labels = {"labels": given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)}
+        options = {"candidates": ["block", "hedgehog"], "budget": {"max_cost": 2, "cost": "flops"}}
+        ours, theirs = (select_variants(m, [given | labels], **options).scores for m in dense)
+        assert all(abs(a.rise - b.rise) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+    if architecture == "llama":
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+        assert torch.equal(alone.eval().generate(**given, **options), model.eval().generate(**given, **options))
+        packed = {"input_ids": given["input_ids"], "position_ids": torch.arange(20).remainder(11)[None]}
+        ours, theirs = (m(**packed, use_cache=False).logits for m in (alone, model))
+        assert (ours - theirs).abs().max() < 1e-3
+
+
+def _spread(model: PreTrainedModel, architecture: str) -> PreTrainedModel:
+    layer = model.model.layers[1] if architecture == "llama" else model.bert.encoder.layer[1]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: tree_map(_there, (args, kwargs)), with_kwargs=True)
+    layer.register_forward_hook(lambda _, args, output: tree_map(lambda x: x.cpu(), output))
+    elsewhere(layer)
+    return model
+
+
+def _there(x: object) -> object:
+    return x.to(other_device.NAME) if isinstance(x, Tensor) else x
+
+
 def fault() -> None:
     """A mask on the wrong device."""
     x = elsewhere(torch.randn(1, 2, 5, 8))
@@ -99,6 +141,10 @@ def cases(part: str) -> Iterator[tuple[str, object]]:
         for name in available_variants():
             for architecture in ("bert", "llama"):
                 yield f"{name}, {architecture}", lambda n=name, a=architecture: model(n, a)
+        # Last, since they are strict.
+        for name in ("flash", "hedgehog", "mixture_of_heads", "moe"):
+            for architecture in ("bert", "llama"):
+                yield f"{name}, spread {architecture}", lambda n=name, a=architecture: spread(n, a)
         return
     yield "fault", fault
     for name in available_variants():

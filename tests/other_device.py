@@ -19,6 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "other"
 DEVICE = torch.device("privateuseone", 0)
 MOVES = ("aten::_to_copy", "aten::copy_")  # what may meet tensors of both devices
+strict = False  # whether scalars of the CPU are refused as well, as those of one GPU are on another
 
 
 class OtherTensor(Tensor):
@@ -80,7 +81,7 @@ def _run(operator, args: tuple, kwargs: dict) -> Any:
     if not ours and (device is None or not _is_other(device)):
         return operator(*args, **kwargs)
     for x in tensors if ours and not name.startswith(MOVES) else ():
-        if x.ndim > 0 and not isinstance(x, OtherTensor):
+        if (strict or x.ndim > 0) and not isinstance(x, OtherTensor):
             raise RuntimeError(f"{name} meets tensors on {NAME} and on {x.device} {tuple(x.shape)}")
     output = operator(*tree_map(_here, args), **tree_map(_here, kwargs))
     if not (

@@ -44,6 +44,10 @@ class Rows:
             )
         return Rows(real.sum(1), real, order)
 
+    def to(self, device: torch.device) -> Rows:
+        order = None if self.order is None else self.order.to(device)
+        return Rows(self.lengths.to(device), self.real.to(device), order)
+
     @property
     def valid(self) -> Tensor:
         """(B, N) bool: which compacted slots hold a real token."""
@@ -93,6 +97,9 @@ class Texts:
             slot = torch.arange(int(lengths[some].max()), device=index.device)
             groups.append(((first[some, None] + slot).clamp_max(index.numel() - 1), lengths[some]))
         return Texts(groups)
+
+    def to(self, device: torch.device) -> Texts:
+        return Texts([(places.to(device), lengths.to(device)) for places, lengths in self.groups])
 
     @property
     def longest(self) -> int:
