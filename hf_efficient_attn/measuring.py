@@ -287,13 +287,16 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 def _seconds(fn: Callable[[], Any], device: torch.device | str) -> float:
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
+    place = torch.device(device)
+
+    def wait() -> None:
+        if place.type != "cpu":
+            torch.get_device_module(place).synchronize()
+
+    wait()
     start = time.perf_counter()
     fn()
-    if cuda:
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - start
 
 

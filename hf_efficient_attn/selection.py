@@ -127,7 +127,8 @@ class Selection:
     """
     The result. `mapping` is what `patch_model` takes (layers that stay dense are left out, so it may be empty); `chosen` is
     its point; `curve` holds the non-dominated mappings by rising cost, `uniform` each candidate in all layers, measured;
-    `scores` every candidate in every layer or head; `costs` each candidate's share of dense attention's cost, by kind of cost.
+    `scores` every candidate in every layer or head; `costs` each candidate's share of dense attention's cost, by kind of cost,
+    without memory on devices that do not tell it.
     """
 
     mapping: dict[str, EfficientAttentionConfig]
@@ -217,7 +218,10 @@ def select_variants(
             raise ValueError(
                 f"the dense model's loss on this text is {dense_loss}, which nothing can be compared with."
             )
-        costs = {name: _costs(name, table, shapes, length, next(model.parameters())) for name in COSTS}
+        measured = [
+            name for name in COSTS if name in budget.costs or name != "memory" or device.type in ("cpu", "cuda")
+        ]
+        costs = {name: _costs(name, table, shapes, length, next(model.parameters())) for name in measured}
         places = list(dict.fromkeys((score.layer, score.head) for score in scores))
         rises = [{s.label: s.rise for s in scores if (s.layer, s.head) == place} for place in places]
         numbers = [layer for layer, _ in places]

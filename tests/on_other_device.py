@@ -84,6 +84,14 @@ def model(name: str, architecture: str) -> None:
     if name != "moe":
         errors = [[x.error for x in attention_errors(*pair)] for pair in ((here, [given]), (there, [moved]))]
         assert max(abs(x - y) for x, y in zip(*errors, strict=True)) < 1e-3, "errors of attention transfer"
+    if (name, architecture) == ("flash", "llama"):  # once
+        options = {"candidates": ["block", "hedgehog", "topk_blocks"], "budget": {"max_cost": 2, "cost": "time"}}
+        scores = [
+            select_variants(elsewhere(tiny.build()), [moved], **options),
+            select_variants(tiny.build(), [given], **options),
+        ]
+        for x, y in zip(*(found.scores for found in scores), strict=True):
+            assert abs(x.rise - y.rise) < 1e-3, "choice"
     if architecture == "llama":
         for options in ({}, {"num_beams": 2}):
             options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, **options}

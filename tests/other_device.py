@@ -71,6 +71,8 @@ def begin() -> None:
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.as_tensor, torch.tensor = _made_elsewhere(torch.as_tensor), _made_elsewhere(torch.tensor)
+    generator = torch.Generator
+    torch.Generator = lambda device="cpu": generator()  # numbers are drawn in the CPU's memory
     _Mode().__enter__()
 
 
@@ -138,4 +140,5 @@ class _Backend:
     _is_in_bad_fork = staticmethod(lambda: False)
     manual_seed_all = staticmethod(lambda seed: None)
     device_count = staticmethod(lambda: 1)
+    synchronize = staticmethod(lambda: None)
     get_amp_supported_dtype = staticmethod(lambda: [torch.float16, torch.bfloat16])
