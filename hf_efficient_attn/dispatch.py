@@ -124,7 +124,7 @@ def efficient_attention_forward(
     window, longest = kwargs.get("sliding_window"), key.shape[2] if state is None else state.seen
     if window is not None and (rows.longest if isinstance(rows, Texts) else longest) > window:
         raise ValueError(_refuses(variant, HIDES.format(window)))
-    index = getattr(attention_mask, "index", None) if rows is None else None
+    index = attention_mask.index if isinstance(attention_mask, AttentionMask) and rows is None else None
     run = variant if index is None else partial(_of_texts, variant, *index)
     output = run(
         query,
