@@ -63,6 +63,7 @@ def efficient_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    efficient_attn_call: Call | None = None,  # named as `CALL`: after a pop torch.compile forgets what else kwargs may hold
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """
@@ -71,7 +72,7 @@ def efficient_attention_forward(
     Raises:
         ValueError: an argument that changes the result and that no variant honours.
     """
-    call = kwargs.pop(CALL, None)
+    call = efficient_attn_call
     beside = getattr(module, FEED_FORWARD, None)
     if beside is not None:
         owner, see_to_maps = beside

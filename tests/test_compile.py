@@ -86,6 +86,19 @@ def test_texts_without_a_mask(name: str):
     assert (packed - plain).abs().max() > 1e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "llama", "opt"])
+def test_lengths_that_a_later_call_brings(name: str):
+    model, inputs = patch_model(ZOO[name].build(), "sliding_window", window=3), ZOO[name].inputs(1, 12)
+    compiled = torch.compile(model, backend="eager")
+    given = {"input_ids": inputs["input_ids"]} | ({"use_cache": False} if ZOO[name].kind == "decoder" else {})
+    plain = output(compiled, given)
+    for ends in ([0, 5, 12], [0, 3, 12], [0, 3, 7, 12]):
+        packed = output(model, given | {"cu_seq_lens_q": torch.tensor(ends)})
+        assert (output(compiled, given | {"cu_seq_lens_q": torch.tensor(ends)}) - packed).abs().max() < 1e-5
+        assert (packed - plain).abs().max() > 1e-2
+
+
 def test_images_in_a_text_without_a_mask():
     config = ZOO["llama"].config()
     config._attn_implementation = "efficient_attention"
