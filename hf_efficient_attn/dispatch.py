@@ -63,7 +63,8 @@ def efficient_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    efficient_attn_call: Call | None = None,  # named as `CALL`: after a pop torch.compile forgets what else kwargs may hold
+    efficient_attn_call: Call
+    | None = None,  # named as `CALL`: after a pop torch.compile forgets what else kwargs may hold
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """
@@ -80,7 +81,9 @@ def efficient_attention_forward(
             see_to_maps([owner])  # a quantiser may have put others there while a model around this one was loaded
         if module.training:
             batch, _, n, _ = query.shape
-            getattr(owner, CHILD).note_tokens(batch, n, real_tokens(attention_mask, n, query.device))
+            texts = _texts(attention_mask, kwargs.get("cu_seq_lens_q"), batch, n)
+            real = real_tokens(attention_mask, n, query.device) if texts is None else texts
+            getattr(owner, CHILD).note_tokens(batch, n, real)
     variant: EfficientAttention | None = getattr(module, CHILD, None)
     if variant is None:
         if is_causal is not None:
@@ -142,6 +145,16 @@ def efficient_attention_forward(
 
 
 @torch.compiler.disable
+def _texts(mask: AttentionMask | Tensor | None, cumulative: Tensor | None, batch: int, tokens: int) -> Texts | None:
+    """The texts that the rows of a call hold, or None where each holds one."""
+    if cumulative is not None:
+        return texts_of(cumulative, batch, tokens)
+    if not isinstance(mask, AttentionMask) or mask.index is None:
+        return mask.texts if isinstance(mask, AttentionMask) else None
+    return Texts.of(mask.index[0]) if bool(mask.index[0].any()) else None
+
+
+@torch.compiler.disable
 def _of_texts(
     variant: EfficientAttention, index: Tensor, ahead: Tensor, *args: Tensor, padding: None, **options
 ) -> Tensor:
@@ -186,7 +199,9 @@ def _dense(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tu
             "Use patch_model(model, ...) rather than attn_implementation=."
         )
     if isinstance(attention_mask, AttentionMask):
-        if kwargs.get("cu_seq_lens_q") is not None and attention_mask.texts is None and "flash" not in implementation:
+        cumulative = kwargs.get("cu_seq_lens_q")
+        several = cumulative is not None and len(cumulative) > len(query) + 1  # than a text for each row
+        if several and attention_mask.texts is None and "flash" not in implementation:
             raise ValueError(
                 f"cu_seq_lens are given, which layers that stay dense cannot honour in {implementation!r} attention. Patch all "
                 "layers, or give position_ids that start again with each text (decoders)."

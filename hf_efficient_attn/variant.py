@@ -104,15 +104,15 @@ class EfficientFeedForward(EfficientLayer):
 
     def __init__(self, config: VariantConfig, host: FeedForwardShape) -> None:
         super().__init__(config, host)
-        self.tokens: tuple[int, int, Tensor | None] | None = None
+        self.tokens: tuple[int, int, Tensor | Texts | None] | None = None
 
     def take_over(self, maps: Mapping[str, nn.Module]) -> None:
         """Called once, with the pretrained linear maps by their paths, before they are changed."""
 
-    def note_tokens(self, batch: int, length: int, real: Tensor | None) -> None:
+    def note_tokens(self, batch: int, length: int, real: Tensor | Texts | None) -> None:
         """
         In training the layer's attention, which runs first, tells the size of the batch and its real tokens, (B, N) bool or
-        None where all are.
+        None where all are, or the texts that its rows hold.
         """
         self.tokens = batch, length, real
 

@@ -97,6 +97,27 @@ def test_layers_that_stay_dense_keep_texts_apart_too():
 
 
 @torch.no_grad()
+def test_a_text_for_each_row_needs_no_telling_apart():
+    model, inputs = patch_model(ZOO["llama"].build(), "sliding_window", **WINDOW, layers="0"), packed([9], 2)
+    output = model(inputs["input_ids"], use_cache=False).logits
+    assert apart(model(**inputs, use_cache=False, cu_seq_lens_q=torch.tensor([0, 9, 18])).logits, output) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens_q"])
+def test_experts_have_room_for_each_text_by_itself(told: str):
+    model = patch_model(ZOO["llama"].build(), {None: ["flash", {"variant": "moe", "capacity_factor": 0.5}]}).train()
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    inputs = packed(batch=2)
+    tokens, inputs["cu_seq_lens_q"] = inputs["input_ids"], torch.cat([ends(), ends()[1:] + sum(LENGTHS)])
+    output = model(input_ids=tokens, use_cache=False, **{told: inputs[told]}).logits
+    assert apart(output, alone(model, tokens, use_cache=False)) < 1e-4
+    assert apart(output, model(input_ids=tokens, use_cache=False).logits) > 1e-2
+
+
+@torch.no_grad()
 def test_an_architecture_s_own_window_is_compared_with_the_longest_text():
     model = patch_model(ZOO["mistral"].build(sliding_window=24), "sliding_window", **WINDOW)
     inputs = packed()

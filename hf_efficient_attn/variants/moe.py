@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..config import VariantConfig, option
 from ..ops.router import Router, balance_loss, best
+from ..ops.rows import Texts
 from ..registry import register_variant
 from ..variant import EfficientFeedForward, FeedForwardShape
 
@@ -145,7 +146,7 @@ class MixtureOfExperts(EfficientFeedForward):
 
     def _observe(self, probability: Tensor, chosen: Tensor) -> Tensor | None:
         """Adds the load-balance loss; (T, k) bool, which choices the capacity leaves, or None where it leaves all."""
-        tokens, (k, experts) = len(chosen), (self.config.top_k, self.config.num_experts)
+        tokens, k = len(chosen), self.config.top_k
         batch, length, real = (1, tokens, None) if self.tokens is None else self.tokens
         if batch * length != tokens:
             raise ValueError(
@@ -154,16 +155,27 @@ class MixtureOfExperts(EfficientFeedForward):
             )
         taken = torch.zeros_like(probability, dtype=torch.bool).scatter_(1, chosen, True)
         rows = [x.view(batch, length, -1) for x in (probability, taken)]
-        self.add_loss(self.config.balance * balance_loss(*rows, real))
+        self.add_loss(self.config.balance * balance_loss(*rows, real if isinstance(real, Tensor) else None))
         if self.config.capacity_factor is None:
             return None
+        if not isinstance(real, Texts):
+            return self._within_capacity(chosen.view(batch, length, k), real).view(tokens, k)
+        kept = torch.ones_like(chosen, dtype=torch.bool)
+        for places, lengths in real.groups:
+            used = torch.arange(places.shape[1], device=places.device) < lengths[:, None]
+            kept[places[used]] = self._within_capacity(chosen[places], used)[used]
+        return kept
+
+    def _within_capacity(self, chosen: Tensor, real: Tensor | None) -> Tensor:
+        """chosen (B, N, k), real (B, N) bool or None where all are -> (B, N, k) bool, what a row's experts have room for."""
+        (batch, length, k), experts = chosen.shape, self.config.num_experts
         count = torch.full((batch,), length, device=chosen.device) if real is None else real.sum(1)
         capacity = torch.ceil(self.config.capacity_factor * k / experts * count.double()).long()
         each = torch.nn.functional.one_hot(chosen.reshape(batch, length * k), experts)
         padded = torch.zeros(batch, length, dtype=torch.bool, device=chosen.device) if real is None else ~real
         each = each.masked_fill(padded.repeat_interleave(k, 1)[..., None], 0)
         before = torch.gather(each.cumsum(1) - each, 2, chosen.reshape(batch, length * k, 1))[..., 0]
-        return ((before < capacity[:, None]) | padded.repeat_interleave(k, 1)).view(tokens, k)
+        return ((before < capacity[:, None]) | padded.repeat_interleave(k, 1)).view(batch, length, k)
 
 
 def _by_expert(maps: list[Callable[[Tensor], Tensor]], rows: Tensor, counts: list[int]) -> Tensor:
