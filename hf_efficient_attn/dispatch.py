@@ -63,8 +63,7 @@ def efficient_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    efficient_attn_call: Call
-    | None = None,  # named as `CALL`: after a pop torch.compile forgets what else kwargs may hold
+    efficient_attn_call: Call | None = None,  # `CALL`; after a pop torch.compile guards nothing else in kwargs
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """

@@ -138,9 +138,8 @@ class AttentionMask:
             return None, OWN
         if reach is not None and self.length > reach:
             return None, HIDES.format(reach)
-        if (
-            whole and torch.compiler._is_exporting_flag
-        ):  # in PyTorch 2.11 is_exporting() is True in every compiled graph
+        exporting = torch.compiler._is_exporting_flag  # in PyTorch 2.11 is_exporting() is True in any compiled graph
+        if whole and exporting:
             return None, "texts of one row could not be told apart in torch.export (give an attention_mask, of ones)"
         if whole:
             token = torch.arange(self.length, device=arguments.get("device"))

@@ -100,7 +100,8 @@ class EfficientModelMixin(TyingMixin, StateMixin):
             ValueError: a weight of a variant has none: the checkpoint of the whole lacks it.
         """
         super()._init_weights(module)
-        if module is self and not LOADING.get():  # `from_pretrained` checks by itself
+        built = getattr(self, "_is_hf_initialized", False)  # then somebody begins anew; copied tensors have no mark
+        if module is self and not built and not LOADING.get():  # `from_pretrained` checks by itself
             tensors = _variant_tensors(self)
             missing = [name for name, x in tensors if not x.is_meta and not getattr(x, "_is_hf_initialized", False)]
             if missing:

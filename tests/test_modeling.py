@@ -622,3 +622,9 @@ def test_weights_that_are_made_on_a_cpu_while_a_model_is_loaded(tmp_path: Path):
     model.save_pretrained(tmp_path)
     inputs = ZOO["llama"].inputs() | {"use_cache": False}
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), output(model, inputs))
+
+
+def test_a_model_that_stands_may_begin_anew():
+    """A copy, and a buffer that training made, carry no mark of having values."""
+    model = copy.deepcopy(patch_model(ZOO["bert"].build(), {"0": "linformer", "1": "routing"})).half()
+    model.apply(model._init_weights)
