@@ -81,7 +81,7 @@ def efficient_attention_forward(
         if module.training:
             batch, _, n, _ = query.shape
             texts = _texts(attention_mask, kwargs.get("cu_seq_lens_q"), batch, n)
-            real = real_tokens(attention_mask, n, query.device) if texts is None else texts
+            real = real_tokens(attention_mask, n, query.device) if texts is None else texts.to(query.device)
             getattr(owner, CHILD).note_tokens(batch, n, real)
     variant: EfficientAttention | None = getattr(module, CHILD, None)
     if variant is None:
@@ -120,10 +120,14 @@ def efficient_attention_forward(
         if kwargs.get(name) is not None:
             reason = REFUSED_ARGUMENTS.get(name, f"this architecture's softmax has a term of its own ({name})")
             raise ValueError(_refuses(variant, reason))
-    if kwargs.get("cu_seq_lens_q") is not None and not isinstance(rows, Texts):
+    cumulative = kwargs.get("cu_seq_lens_q")
+    if cumulative is not None and isinstance(rows, Texts):
+        if not attention_mask.agrees(cumulative):
+            raise ValueError(_refuses(variant, "cu_seq_lens and position_ids tell different texts apart"))
+    elif cumulative is not None:
         if rows is not None:
             raise ValueError(_refuses(variant, "cu_seq_lens are given beside a mask that hides tokens"))
-        rows = texts_of(kwargs["cu_seq_lens_q"], query.shape[0], query.shape[2])
+        rows = texts_of(cumulative, query.shape[0], query.shape[2])
     window, longest = kwargs.get("sliding_window"), key.shape[2] if state is None else state.seen
     if window is not None and (rows.longest if isinstance(rows, Texts) else longest) > window:
         raise ValueError(_refuses(variant, HIDES.format(window)))
@@ -200,7 +204,8 @@ def _dense(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tu
     if isinstance(attention_mask, AttentionMask):
         cumulative = kwargs.get("cu_seq_lens_q")
         several = cumulative is not None and len(cumulative) > len(query) + 1  # than a text for each row
-        if several and attention_mask.texts is None and "flash" not in implementation:
+        told = attention_mask.texts is not None or attention_mask.index is not None
+        if several and not told and "flash" not in implementation:
             raise ValueError(
                 f"cu_seq_lens are given, which layers that stay dense cannot honour in {implementation!r} attention. Patch all "
                 "layers, or give position_ids that start again with each text (decoders)."

@@ -67,6 +67,7 @@ class AttentionMask:
         self.texts: Texts | None = None
         self.index: tuple[Tensor, Tensor] | None = None
         self._contradicts: bool | None = None
+        self._agrees: bool | None = None
         self.query_length = int(arguments["q_length"])
         self.length = int(arguments["kv_offset"]) + int(arguments["kv_length"])
         self.causal, self.custom = self._read(arguments["mask_function"])
@@ -134,12 +135,16 @@ class AttentionMask:
         if function is causal_mask_function or function is bidirectional_mask_function:
             return function is causal_mask_function, None
         whole = arguments.get("attention_mask") is None and self.query_length == self.length
-        if arguments.get("use_vmap") or not (whole or reach):
+        both_ways = "allow_is_bidirectional_skip" in arguments
+        blocks = not (
+            whole or both_ways or arguments.get("allow_is_causal_skip", True)
+        )  # of tokens that see each other
+        if arguments.get("use_vmap") or not (whole or reach) or blocks:
             return None, OWN
+        reach = reach + both_ways if reach else reach
         if reach is not None and self.length > reach:
             return None, HIDES.format(reach)
-        exporting = torch.compiler._is_exporting_flag  # in PyTorch 2.11 is_exporting() is True in any compiled graph
-        if whole and exporting:
+        if whole and torch.compiler._is_exporting_flag:  # is_exporting() of PyTorch 2.11 is True in any compiled graph
             return None, "texts of one row could not be told apart in torch.export (give an attention_mask, of ones)"
         if whole:
             token = torch.arange(self.length, device=arguments.get("device"))
@@ -167,6 +172,16 @@ class AttentionMask:
         if (kind, key, device) not in self._made:
             self._made[kind, key, device] = made.to(device)
         return self._made[kind, key, device]
+
+    def agrees(self, cumulative: Tensor) -> bool:
+        """Whether cu_seq_lens cut the rows into the same `texts`; asked once."""
+        if self._agrees is None:
+            groups = texts_of(cumulative, self.shape[0], self.length).groups
+            pairs = [(x, y) for ours, theirs in zip(self.texts.groups, groups) for x, y in zip(ours, theirs)]  # noqa: B905
+            self._agrees = len(groups) == len(self.texts.groups) and all(
+                torch.equal(x, y.to(x.device)) for x, y in pairs
+            )
+        return self._agrees
 
     def contradicts(self, state: AttentionState) -> bool:
         """

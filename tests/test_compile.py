@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_modeling import output
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from zoo import ZOO
 
 from hf_efficient_attn import patch_model, unpatch_model
@@ -110,6 +110,22 @@ def test_images_in_a_text_without_a_mask():
         return create_causal_mask(**options, block_sequence_ids=blocks).index[1]
 
     assert ahead(torch.zeros(1, 8, 32)).tolist() == [[False, True, True, False, False, False, False]]
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_images_in_a_text_inside_a_window(blocks: bool):
+    config = ZOO["mistral"].config()
+    config._attn_implementation = "efficient_attention"
+    more = {"block_sequence_ids": torch.tensor([[-1, 0, 0, 0, -1, -1, -1, -1]])} if blocks else {}
+    reasons = []
+
+    def read(x):
+        options = {"config": config, "inputs_embeds": x, "attention_mask": torch.ones(1, 8), "past_key_values": None}
+        reasons.append(create_sliding_window_causal_mask(**options, **more).custom)
+        return x + 1
+
+    torch.compile(read, backend="eager")(torch.zeros(1, 8, 32))
+    assert [reason is not None for reason in reasons] == [blocks]
 
 
 def test_compiled_before_and_unpatched_after():

@@ -133,6 +133,14 @@ def test_lengths_that_do_not_fit_raise(given: list[int]):
         model(packed()["input_ids"], cu_seq_lens_q=torch.tensor(given), use_cache=False)
 
 
+def test_lengths_that_contradict_the_positions_raise():
+    model = patch_model(ZOO["llama"].build(), "block")
+    with pytest.raises(ValueError, match="tell different texts apart"):
+        model(**packed(), cu_seq_lens_q=torch.tensor([0, 7, 50]), use_cache=False)
+    with pytest.raises(ValueError, match="tell different texts apart"):
+        model(**packed(), cu_seq_lens_q=ends([8, 1, 12, 3, 2, 24]), use_cache=False)
+
+
 def test_a_cache_or_padding_beside_raises():
     model, inputs = patch_model(ZOO["llama"].build(), "block"), packed()
     with pytest.raises(ValueError, match="without a cache"):
