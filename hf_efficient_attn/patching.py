@@ -83,15 +83,32 @@ def _refuse_distributed(model: nn.Module) -> None:
 
 
 def _whole_of(base: PreTrainedModel) -> PreTrainedModel | None:
-    """A Transformers model that `base` is a part of. A module does not know who holds it, so all models are asked."""
-
-    def holds(x: object) -> bool:
-        return issubclass(type(x), PreTrainedModel) and x is not base and any(part is base for part in x.modules())
-
-    if not any(map(holds, gc.get_objects())):
+    """A Transformers model that `base` is a part of. A module does not know who holds it, so the garbage collector is asked."""
+    if not _holders(base):
         return None
     gc.collect()  # one that nobody uses any more does not count
-    return next(filter(holds, gc.get_objects()), None)
+    above = [base]
+    while above:
+        found = _holders(above.pop())
+        whole = next((module for module in found if isinstance(module, PreTrainedModel)), None)
+        if whole is not None:
+            return whole
+        above += found
+    return None
+
+
+def _holders(module: nn.Module) -> list[nn.Module]:
+    """The modules of which `module` is a child."""
+    tables = [x for x in gc.get_referrers(module) if isinstance(x, dict) and _holds_children(x)]
+    if not tables:
+        return []
+    owners = gc.get_referrers(*tables)  # modules, or their attributes
+    owners += gc.get_referrers(*(x for x in owners if isinstance(x, dict) and "_modules" in x))
+    return [x for x in owners if isinstance(x, nn.Module) and any(x._modules is table for table in tables)]
+
+
+def _holds_children(x: dict) -> bool:
+    return all(part is None or isinstance(part, nn.Module) for part in x.values())
 
 
 def unpatch_model(model: Model) -> Model:
