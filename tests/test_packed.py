@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_auxiliary import counting  # noqa: F401
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 from zoo import ZOO
 
 from hf_efficient_attn import patch_model
@@ -213,3 +213,26 @@ def test_a_long_text_among_short_ones_does_not_pad_them():
     texts = Texts.of(torch.arange(200).repeat_interleave(lengths)[None])
     assert sum(places.numel() for places, _ in texts.groups) < 2 * lengths.sum()
     assert texts.longest == lengths.max()
+
+
+@pytest.mark.parametrize("lengths", [False, True], ids=["positions", "positions and lengths"])
+def test_a_trainer_reads_flattened_batches_as_padded_ones(lengths: bool, tmp_path):
+    texts = [{"input_ids": text.tolist()} for text in packed()["input_ids"][0].split([5, 21, 24])]
+
+    def padded(rows):
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+    losses = []
+    for collator in (DataCollatorWithFlattening(return_flash_attn_kwargs=lengths), padded):
+        model = patch_model(ZOO["llama"].build(), "sliding_window", **WINDOW)
+        settings = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=3,
+            max_steps=3,
+            learning_rate=0.1,
+            report_to=[],
+            use_cpu=True,
+        )
+        losses.append(Trainer(model, settings, train_dataset=texts, data_collator=collator).train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
