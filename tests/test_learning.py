@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "big_bird": {"num_random_blocks": 4},
     "cluster_former": {"num_clusters": 2, "window": 16},
     "combined": {"parts": [[{"variant": "block", "block_size": 8}, 1], [STRIDED, 1]]},
-    "lsh": {"num_hashes": 6},
+    "lsh": {"num_hashes": 4},
     "mixture_of_depths": {"decay": 0.9},
     "performer": {"num_features": 64},
     "rfa": {"num_features": 128},
