@@ -125,9 +125,7 @@ def efficient_attention_forward(
         if not attention_mask.agrees(cumulative):
             raise ValueError(_refuses(variant, "cu_seq_lens and position_ids tell different texts apart"))
     elif cumulative is not None:
-        if rows is not None:
-            raise ValueError(_refuses(variant, "cu_seq_lens are given beside a mask that hides tokens"))
-        rows = texts_of(cumulative, query.shape[0], query.shape[2])
+        rows = _cut(variant, rows, cumulative, query.shape[0], query.shape[2])
     window, longest = kwargs.get("sliding_window"), key.shape[2] if state is None else state.seen
     if window is not None and (rows.longest if isinstance(rows, Texts) else longest) > window:
         raise ValueError(_refuses(variant, HIDES.format(window)))
@@ -145,6 +143,14 @@ def efficient_attention_forward(
         hidden=None if call is None or not variant.needs_hidden else call.hidden,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _cut(variant: EfficientAttention, rows: Rows | None, cumulative: Tensor, batch: int, tokens: int) -> Texts:
+    """The texts that cu_seq_lens tell apart; a compiled model's rows may hide nothing."""
+    if rows is not None and not bool(rows.real.all()):
+        raise ValueError(_refuses(variant, "cu_seq_lens are given beside a mask that hides tokens"))
+    return texts_of(cumulative, batch, tokens)
 
 
 @torch.compiler.disable
