@@ -136,14 +136,11 @@ class AttentionMask:
             return function is causal_mask_function, None
         whole = arguments.get("attention_mask") is None and self.query_length == self.length
         both_ways = "allow_is_bidirectional_skip" in arguments
-        blocks = not (
-            whole or both_ways or arguments.get("allow_is_causal_skip", True)
-        )  # of tokens that see each other
+        blocks = not whole and not both_ways and not arguments.get("allow_is_causal_skip", True)  # that see each other
         if arguments.get("use_vmap") or not (whole or reach) or blocks:
             return None, OWN
-        reach = reach + both_ways if reach else reach
-        if reach is not None and self.length > reach:
-            return None, HIDES.format(reach)
+        if reach is not None and self.length > reach + both_ways:
+            return None, HIDES.format(reach + both_ways)
         if whole and torch.compiler._is_exporting_flag:  # is_exporting() of PyTorch 2.11 is True in any compiled graph
             return None, "texts of one row could not be told apart in torch.export (give an attention_mask, of ones)"
         if whole:
