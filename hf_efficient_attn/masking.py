@@ -173,11 +173,9 @@ class AttentionMask:
     def agrees(self, cumulative: Tensor) -> bool:
         """Whether cu_seq_lens cut the rows into the same `texts`; asked once."""
         if self._agrees is None:
-            groups = texts_of(cumulative, self.shape[0], self.length).groups
-            pairs = [(x, y) for ours, theirs in zip(self.texts.groups, groups) for x, y in zip(ours, theirs)]  # noqa: B905
-            self._agrees = len(groups) == len(self.texts.groups) and all(
-                torch.equal(x, y.to(x.device)) for x, y in pairs
-            )
+            both = self.texts, texts_of(cumulative, self.shape[0], self.length)
+            ours, theirs = ([(places.tolist(), used.tolist()) for places, used, _ in texts.groups] for texts in both)
+            self._agrees = ours == theirs
         return self._agrees
 
     def contradicts(self, state: AttentionState) -> bool:

@@ -208,10 +208,10 @@ def test_attention_transfer_sees_each_text_by_itself():
 def test_a_long_text_among_short_ones_does_not_pad_them():
     index = torch.cat([torch.zeros(1000), torch.arange(1, 501).repeat_interleave(6)]).long()[None]
     texts = Texts.of(index)
-    assert sum(places.numel() for places, _ in texts.groups) == 4000
+    assert sum(places.numel() for places, *_ in texts.groups) == 4000
     lengths = torch.randint(1, 300, (200,), generator=torch.Generator().manual_seed(0))
     texts = Texts.of(torch.arange(200).repeat_interleave(lengths)[None])
-    assert sum(places.numel() for places, _ in texts.groups) < 2 * lengths.sum()
+    assert sum(places.numel() for places, *_ in texts.groups) < 2 * lengths.sum()
     assert texts.longest == lengths.max()
 
 

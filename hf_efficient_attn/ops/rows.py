@@ -79,10 +79,13 @@ class Texts:
     """
     Rows without padding that hold several texts one after the other, of which none sees another (packed sequences).
 
-    groups: texts of like length, right-padded: (T, L) int64, where in the flattened batch their tokens are, and (T,) lengths.
+    groups: texts of like length, right-padded: (T, L) int64, where in the flattened batch their tokens are, (T, L) bool, which
+    slots hold one, and (T,) lengths, or None where all are equal. back: (B N,) int64, the slot, of all groups' one after the
+    other, that each token of the flattened batch is in. Made once for all layers, which then wait for nothing.
     """
 
-    groups: list[tuple[Tensor, Tensor]]
+    groups: list[tuple[Tensor, Tensor, Tensor | None]]
+    back: Tensor
     real = None  # every token is
 
     @staticmethod
@@ -92,14 +95,19 @@ class Texts:
         begins[:, 1:] = index[:, 1:] != index[:, :-1]
         first = begins.flatten().nonzero()[:, 0]
         lengths = torch.diff(first, append=first.new_tensor([index.numel()]))
-        size, groups = torch.log2(lengths).ceil(), []  # as rows they take at most twice the room
+        size, groups, slots = torch.log2(lengths).ceil(), [], 0  # as rows they take at most twice the room
+        back = first.new_empty(index.numel())
         for some in (size == s for s in size.unique()):
             slot = torch.arange(int(lengths[some].max()), device=index.device)
-            groups.append(((first[some, None] + slot).clamp_max(index.numel() - 1), lengths[some]))
-        return Texts(groups)
+            places, used = first[some, None] + slot, slot < lengths[some, None]
+            back[places[used]] = slots + used.flatten().nonzero()[:, 0]
+            slots += used.numel()
+            groups.append((places.clamp_max(len(back) - 1), used, None if bool(used.all()) else lengths[some]))
+        return Texts(groups, back)
 
     def to(self, device: torch.device) -> Texts:
-        return Texts([(places.to(device), lengths.to(device)) for places, lengths in self.groups])
+        moved = [tuple(x if x is None else x.to(device) for x in group) for group in self.groups]
+        return Texts(moved, self.back.to(device))
 
     @property
     def longest(self) -> int:
@@ -111,14 +119,11 @@ class Texts:
         attend(*given, lengths) of one group of texts after the other, each a row, put back: of given (B, H, N, D) or (B, N, E)
         the first is (B, H, N, D), and so is what is returned.
         """
-        found, order, (batch, _, n, _) = [], [], given[0].shape
-        for places, lengths in self.groups:
-            used = torch.arange(places.shape[1], device=places.device) < lengths[:, None]
-            equal = bool(used.all())
-            rows = [None if x is None else _rows_at(x, places, None if equal else used) for x in given]
-            found.append(attend(*rows, None if equal else lengths).transpose(1, 2)[used])
-            order.append(places[used])
-        return torch.cat(found)[torch.cat(order).argsort()].unflatten(0, (batch, n)).transpose(1, 2)
+        found, (batch, _, n, _) = [], given[0].shape
+        for places, used, lengths in self.groups:
+            rows = [None if x is None else _rows_at(x, places, None if lengths is None else used) for x in given]
+            found.append(attend(*rows, lengths).transpose(1, 2).flatten(0, 1))
+        return torch.cat(found)[self.back].unflatten(0, (batch, n)).transpose(1, 2)
 
 
 def _rows_at(x: Tensor, places: Tensor, used: Tensor | None) -> Tensor:

@@ -161,8 +161,7 @@ class MixtureOfExperts(EfficientFeedForward):
         if not isinstance(real, Texts):
             return self._within_capacity(chosen.view(batch, length, k), real).view(tokens, k)
         kept = torch.ones_like(chosen, dtype=torch.bool)
-        for places, lengths in real.groups:
-            used = torch.arange(places.shape[1], device=places.device) < lengths[:, None]
+        for places, used, _ in real.groups:
             kept[places[used]] = self._within_capacity(chosen[places], used)[used]
         return kept
 
