@@ -22,18 +22,10 @@ FAMILIES = (
     "sparse models",
 )
 
-# What a mechanism is called elsewhere, without underscores and the like.
-OTHER_NAMES = {
-    "longformer": "sliding_window", "streamingllm": "sliding_window", "swa": "sliding_window", "sparsetransformer": "strided",
-    "axial": "combined", "reformer": "lsh", "smyrf": "lsh", "quest": "topk_blocks", "moba": "topk_blocks",
-    "nsa": "topk_blocks", "lolcats": "hedgehog", "favor": "performer", "settransformer": "perceiver",
-    "mod": "mixture_of_depths", "moh": "mixture_of_heads", "flashattention": "flash", "lineartransformer": "linear",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class VariantInfo:
-    """One row of the registry. `paper` is "Authors year, arXiv id"."""
+    """One row of the registry. `paper` is "Authors year, arXiv id"; `also`: what others call the mechanism."""
 
     name: str
     family: str
@@ -41,6 +33,7 @@ class VariantInfo:
     paper: str
     config_class: type[VariantConfig]
     module_class: type[EfficientLayer]
+    also: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -51,7 +44,9 @@ class VariantInfo:
 _REGISTRY: dict[str, VariantInfo] = {}
 
 
-def register_variant(name: str, *, family: str, summary: str, paper: str) -> Callable[[type], type]:
+def register_variant(
+    name: str, *, family: str, summary: str, paper: str, also: tuple[str, ...] = ()
+) -> Callable[[type], type]:
     """
     Class decorator for an `EfficientAttention` (or `EfficientFeedForward`) whose `config_class` holds its hyper-parameters.
 
@@ -73,7 +68,7 @@ def register_variant(name: str, *, family: str, summary: str, paper: str) -> Cal
         if not (isinstance(config_class, type) and issubclass(config_class, VariantConfig)):
             raise TypeError(f"{module_class.__name__}.config_class must derive from VariantConfig.")
         config_class.name = name
-        _REGISTRY[name] = VariantInfo(name, family, summary, paper, config_class, module_class)
+        _REGISTRY[name] = VariantInfo(name, family, summary, paper, config_class, module_class, also)
         return module_class
 
     return decorate
@@ -101,12 +96,16 @@ def get_info(name: str) -> VariantInfo:
     if name not in _REGISTRY:
         if name == "dense":
             raise ValueError("'dense' is no variant: layers that are not named stay dense, so leave them out.")
-        plain = re.sub("[^a-z]", "", str(name).lower())
-        near = [OTHER_NAMES[plain]] if OTHER_NAMES.get(plain) in _REGISTRY else None
+        near = [info.name for info in _REGISTRY.values() if _plain(name) in map(_plain, info.also)]
         near = near or difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"unknown variant {name!r}.{hint} Available: {', '.join(available_variants())}.")
     return _REGISTRY[name]
+
+
+def _plain(name: object) -> str:
+    """Letters alone: Streaming-LLM is streaming_llm."""
+    return re.sub("[^a-z]", "", str(name).lower())
 
 
 def get_config_class(name: str) -> type[VariantConfig]:

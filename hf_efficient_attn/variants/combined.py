@@ -109,6 +109,7 @@ def _part(entry: Any) -> list:
     family="fixed patterns",
     summary="different variants in different heads of one layer",
     paper="Child 2019, arXiv:1904.10509; Ho 2019, arXiv:1912.12180",
+    also=("axial",),
 )
 class CombinedAttention(EfficientAttention):
     """`combined`: `parts` are the variants' modules, `groups` how many key/value heads each serves."""

@@ -37,6 +37,7 @@ class FlashConfig(EfficientAttentionConfig):
     family="exact",
     summary="exact softmax attention by fused kernels, memory linear in N",
     paper="Dao 2022, arXiv:2205.14135",
+    also=("flash_attention",),
 )
 class FlashAttention(EfficientAttention):
     config_class = FlashConfig

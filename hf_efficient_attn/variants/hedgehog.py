@@ -71,6 +71,7 @@ class HedgehogConfig(EfficientAttentionConfig):
     family="kernels",
     summary="learned softmax features for far tokens, the nearest ones and sinks exactly",
     paper="Zhang 2024, arXiv:2402.04347; Zhang 2025, arXiv:2410.10254",
+    also=("lolcats",),
 )
 class HedgehogAttention(EfficientAttention):
     config_class = HedgehogConfig

@@ -33,6 +33,7 @@ class LinearConfig(EfficientAttentionConfig):
     family="kernels",
     summary="feature map elu(x) + 1, a decoder state of constant size",
     paper="Katharopoulos 2020, arXiv:2006.16236",
+    also=("linear_transformer",),
 )
 class LinearAttention(EfficientAttention):
     config_class = LinearConfig

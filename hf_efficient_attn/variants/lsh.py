@@ -95,6 +95,7 @@ class LshConfig(EfficientAttentionConfig):
     family="learnable patterns",
     summary="a query attends to keys of its own bucket, by angular hashing",
     paper="Kitaev 2020, arXiv:2001.04451; Daras 2020, arXiv:2010.05315",
+    also=("reformer", "smyrf"),
 )
 class LshAttention(EfficientAttention):
     """`lsh`. R is `num_hashes`."""

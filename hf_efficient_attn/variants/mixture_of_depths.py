@@ -77,6 +77,7 @@ class ChosenTokens(TokenStore):
     family="sparse models",
     summary="a router sends a share of the tokens through attention and the others around it",
     paper="Raposo 2024, arXiv:2404.02258",
+    also=("mod",),
 )
 class MixtureOfDepthsAttention(EfficientAttention):
     config_class = MixtureOfDepthsConfig

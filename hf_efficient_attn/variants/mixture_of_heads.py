@@ -61,6 +61,7 @@ class MixtureOfHeadsConfig(EfficientAttentionConfig):
     family="sparse models",
     summary="each token runs some of the query heads, chosen by a router",
     paper="Zhang 2022, arXiv:2210.05144; Jin 2024, arXiv:2410.11842",
+    also=("moh",),
 )
 class MixtureOfHeadsAttention(EfficientAttention):
     config_class = MixtureOfHeadsConfig

@@ -72,6 +72,7 @@ class PerceiverConfig(SummaryConfig):
     family="down-sampling",
     summary="what learned latents read of the text; in a decoder of each segment, beside an exact window",
     paper="Jaegle 2021, arXiv:2107.14795; Lee 2019, arXiv:1810.00825",
+    also=("set_transformer",),
 )
 class PerceiverAttention(EfficientAttention):
     config_class = PerceiverConfig

@@ -64,6 +64,7 @@ class _Open:
     family="kernels",
     summary="positive orthogonal random features of the softmax kernel",
     paper="Choromanski 2020, arXiv:2009.14794",
+    also=("favor",),
 )
 class PerformerAttention(EfficientAttention):
     config_class = PerformerConfig

@@ -59,6 +59,7 @@ class SlidingWindowConfig(EfficientAttentionConfig):
     family="fixed patterns",
     summary="the nearest tokens, dilated if wished, with sinks (decoder) or global tokens (encoder)",
     paper="Beltagy 2020, arXiv:2004.05150; Xiao 2023, arXiv:2309.17453",
+    also=("longformer", "streaming_llm"),
 )
 class SlidingWindowAttention(EfficientAttention):
     config_class = SlidingWindowConfig

@@ -70,6 +70,7 @@ class StridedConfig(EfficientAttentionConfig):
     family="fixed patterns",
     summary="every stride-th token and the neighbours",
     paper="Child 2019, arXiv:1904.10509",
+    also=("sparse_transformer",),
 )
 class StridedAttention(EfficientAttention):
     """

@@ -90,6 +90,7 @@ class SummaryStore(TokenStore):
     family="learnable patterns",
     summary="each query attends to the blocks whose summaries fit it best",
     paper="Yuan 2025, arXiv:2502.11089; Lu 2025, arXiv:2502.13189; Tang 2024, arXiv:2406.10774",
+    also=("quest", "moba", "nsa"),
 )
 class TopkBlocksAttention(EfficientAttention):
     """`topk_blocks`. L is N and the slots that complete the first and the last block."""
