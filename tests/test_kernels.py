@@ -18,15 +18,15 @@ from hf_efficient_attn import (
     kernels,
     measuring,
 )
+from hf_efficient_attn.ops import tiles
 from hf_efficient_attn.ops.tiles import best_blocks
 from hf_efficient_attn.registry import available_variants, build, get_config_class
 
 needs_compiler = pytest.mark.skipif(kernels.load("chosen_blocks") is None, reason="no C compiler here")
 
 
-def results(causal: bool, padded: bool, dim: int, size: int, scale=1.0, dtype=torch.float32) -> list[torch.Tensor]:
+def results(causal: bool, padded: bool, config, dim=32, scale=1.0, dtype=torch.float32) -> list[torch.Tensor]:
     """Output and gradients of a layer of grouped queries."""
-    config = TopkBlocksConfig(block_size=size, top_k=4)
     module = build(config, HostShape(6, 2, dim, 6 * dim, causal))
     g = torch.Generator().manual_seed(0)
     shapes = [(3, heads, 333, dim) for heads in (6, 2, 2)]
@@ -42,13 +42,32 @@ def results(causal: bool, padded: bool, dim: int, size: int, scale=1.0, dtype=to
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("dim", "size"), [(64, 64), (16, 16), (80, 32), (32, 48)])
 def test_chosen_blocks_equal_batched_products(monkeypatch, calls, causal, padded, dim, size) -> None:
-    ours = results(causal, padded, dim, size)
+    config = TopkBlocksConfig(block_size=size, top_k=4)
+    ours = results(causal, padded, config, dim)
     assert {"sort_pairs", "blocks_forward", "blocks_backward", "choose_blocks"} <= set(calls)
     monkeypatch.setenv("HF_EFFICIENT_ATTN_KERNELS", "0")
     calls.clear()
-    for got, want in zip(ours, results(causal, padded, dim, size), strict=True):
+    for got, want in zip(ours, results(causal, padded, config, dim), strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
         assert want.abs().max() > 0.1
+    assert not calls
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "config", [TopkBlocksConfig(block_size=16, top_k=4, query_block=8), BigBirdConfig(block_size=16)]
+)
+def test_what_is_exported_equals_batched_products(monkeypatch, calls, causal, padded, config) -> None:
+    """Copies of each query's blocks, all at once and some at a time."""
+    with kernels.off():
+        want = results(causal, padded, config)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    for most in (tiles.COPIED, 2**17):
+        monkeypatch.setattr(tiles, "COPIED", most)
+        for ours, theirs in zip(results(causal, padded, config), want, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+            assert theirs.abs().max() > 0.1
     assert not calls
 
 
@@ -56,9 +75,10 @@ def test_chosen_blocks_equal_batched_products(monkeypatch, calls, causal, padded
 @pytest.mark.parametrize("causal", [False, True])
 def test_large_logits_do_not_overflow(causal) -> None:
     """Logits of hundreds: as near to double precision as PyTorch's operators are."""
-    ours, exact = (results(causal, False, 64, 64, 12.0, dtype) for dtype in (torch.float32, torch.float64))
+    config = TopkBlocksConfig(block_size=64, top_k=4)
+    ours, exact = (results(causal, False, config, 64, 12.0, dtype) for dtype in (torch.float32, torch.float64))
     with kernels.off():
-        theirs = results(causal, False, 64, 64, 12.0)
+        theirs = results(causal, False, config, 64, 12.0)
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert (got - want).abs().max() <= 2 * (other - want).abs().max() < 1e-3 * want.abs().max()
 
@@ -115,8 +135,10 @@ def pad_closed(closed: torch.Tensor) -> torch.Tensor:
 
 @needs_compiler
 def test_flops_of_kernels_are_counted(monkeypatch) -> None:
+    config = TopkBlocksConfig(block_size=64, top_k=4)
+
     def flops() -> int:
-        return measuring.count_flops(lambda: results(True, False, 64, 64))
+        return measuring.count_flops(lambda: results(True, False, config, 64))
 
     with_kernels = flops()
     monkeypatch.setenv("HF_EFFICIENT_ATTN_KERNELS", "0")

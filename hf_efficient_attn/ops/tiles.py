@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import kernels
-from ..caching import Count
+from ..caching import Count, column
+from .exact import sdpa
 from .joint import HUGE, joint_attention
 from .local import Blocks
 from .precision import first_order, without_autocast
@@ -33,6 +34,7 @@ from .rows import shift
 
 SCORES = 2**16  # scores that exist at one time
 FEW = 8  # queries that are not worth a call for each head
+COPIED = 2**24  # numbers of keys that are copied at one time where all shapes are fixed
 SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
 SAFE = 1e25  # a sum of weights up to here overflows nothing; beyond, r_i is raised to the largest logit
 
@@ -59,6 +61,9 @@ def block_attention(
     chosen: (B, H or G, L / w, C) int64, what w successive queries read besides, each block once and not their own; valid:
     alike, bool, which of them count. used: (B, M) bool, which keys exist, or None where all do.
     """
+    if torch.compiler.is_exporting():
+        options = {"causal": causal, "used": used, "scaling": scaling, "dropout": dropout}
+        return _side_by_side(query, key, value, block_size, chosen, valid, own, **options)
     if _fits(query, block_size, dropout):
         owns = own.tolist() if isinstance(own, Tensor) else [own] * len(query)
         plan = _Plan(kernels.load("chosen_blocks"), block_size, owns, causal, used, float(scaling))
@@ -72,6 +77,36 @@ def block_attention(
     if chosen.shape[3]:
         parts.append(ChosenBlocks.of(key, value, block_size, chosen, valid, query.shape, used))
     return joint_attention(query, parts, scaling=scaling, dropout=dropout)
+
+
+def _side_by_side(query, key, value, size: int, chosen, valid, own: Count, *, causal, used, scaling, dropout) -> Tensor:
+    """As `block_attention`, in shapes that depend on no number: each query's blocks are copied, `COPIED` numbers at a time."""
+    (batch, heads, length, dim), (groups, keys) = query.shape, key.shape[1:3]
+    lines, device = chosen.shape[2], query.device
+    slot = torch.arange(length, device=device).view(lines, -1)
+    chosen, valid = (x.repeat_interleave(heads // x.shape[1], 1) for x in (chosen, valid))
+    own = (column(own) + slot[None, :, 0] // size)[:, None, :, None].expand(*valid.shape[:3], 1)
+    row, group = torch.arange(batch, device=device), torch.arange(heads, device=device) // (heads // groups)
+    blocks = torch.cat([own, torch.where(valid, chosen, 0)], 3)
+    seen = torch.cat([torch.ones_like(own, dtype=torch.bool), valid], 3)[..., None].expand(*blocks.shape, size)
+    if used is not None:
+        seen = seen & used.reshape(-1, size)[blocks + keys // size * row.view(-1, 1, 1, 1)]
+    blocks = blocks + keys // size * (row[:, None] * groups + group)[..., None, None]
+    tables, query = [x.reshape(-1, size * dim) for x in (key, value)], query.unflatten(2, (lines, -1))
+    step = max(1, COPIED // (batch * heads * blocks.shape[3] * size * dim))
+
+    def attend(part: Tensor, blocks: Tensor, seen: Tensor, slot: Tensor) -> Tensor:
+        seen = seen[:, :, :, None]
+        if causal:
+            past = torch.arange(size, device=device) <= slot[..., None] % size
+            rest = seen[..., 1:, :].expand(-1, -1, -1, past.shape[3], -1, -1)
+            seen = torch.cat([seen[..., :1, :] & past[..., None, :], rest], 4)
+        copies = (x[blocks.flatten()].view(batch, heads * part.shape[2], -1, dim) for x in tables)
+        mask = seen.flatten(4).flatten(1, 2)
+        return sdpa(part.flatten(1, 2), *copies, mask=mask, scaling=scaling, dropout=dropout).view(part.shape)
+
+    pieces = (x.split(step, 2) for x in (query, blocks, seen, slot[None, None]))
+    return torch.cat([attend(*piece) for piece in zip(*pieces, strict=True)], 2).flatten(2, 3)
 
 
 def _fits(query: Tensor, block_size: int, dropout: float) -> bool:
@@ -190,7 +225,8 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
     chunk = max(1, SCORES // max(1, batch * heads * count))
     for begin in range(0, length, chunk):
         piece = slice(begin, begin + chunk)
-        reach = min(int(own[:, :, piece].max()), count) if blocks is None else count
+        fixed = blocks is not None or torch.compiler.is_exporting()
+        reach = count if fixed else min(int(own[:, :, piece].max()), count)
         with torch.autocast(features.device.type, enabled=False):
             scores = features[:, :, :, piece].flatten(2, 3) @ summaries[:, :, :reach].transpose(2, 3)
         scores = scores.unflatten(2, (heads // groups, -1)).flatten(1, 2)
@@ -204,6 +240,8 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
 
 def largest_places(scores: Tensor, picks: int) -> Tensor:
     """(..., M) float32, overwritten -> (..., picks) int64, the largest scores; of equal ones the lower index."""
+    if torch.compiler.is_exporting():  # ONNX takes the lower index by itself, and has no view of numbers as bits
+        return scores.topk(picks, -1).indices
     bits = scores.add_(0.0).view(torch.int32)  # + 0.0: one zero only
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)
     index = torch.arange(scores.shape[-1], device=scores.device)
