@@ -33,10 +33,19 @@ from torch.nn.functional import pad
 from ..caching import AttentionState
 from .feature_scan import FeatureScan, has_kernel
 from .features import NEVER, Features, References, by_span, cuts, feature_maps, finite, halves, padded, rescale
+from .grain import at_once
 from .precision import first_order, without_autocast
 
-SPAN = 256  # tokens of an encoder whose features exist at one time; a decoder's S is kept once for so many
+SPAN = 256  # tokens of an encoder whose features exist at one time, at least; a decoder's S is kept once for so many
 CHUNK = 64  # tokens of a decoder that read one another directly; SPAN is a multiple
+
+
+def sizes(query: Tensor, features: Features) -> tuple[int, int]:
+    """Tokens of a chunk and of a span on the queries' device."""
+    if query.device.type == "cpu":
+        return CHUNK, SPAN
+    features_of_a_span = query.shape[:2].numel() * features.size * SPAN
+    return SPAN, SPAN * max(1, at_once(features_of_a_span, query.device) // features_of_a_span)
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,8 @@ class _Causal(torch.autograd.Function):
         if features.floor is not None:
             output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         sums = query.new_empty(*query.shape[:3], value.shape[3] + 1, dtype=top.dtype) if output is None else None
-        pending, places, states, references = cuts(query.shape[2], CHUNK)[::-1], [], [], References(top)
+        chunk_size, span_size = sizes(query, features)
+        pending, places, states, references = cuts(query.shape[2], chunk_size)[::-1], [], [], References(top)
         while pending:
             place = pending.pop()
             raw, _ = map_k(place, lengths)
@@ -198,7 +208,7 @@ class _Causal(torch.autograd.Function):
                     pending += halves(place)
                     continue
                 total = followed
-            if place.start % SPAN == 0:
+            if place.start % span_size == 0:
                 states.append(total)
                 total = total.clone()
             chunk = _Chunk.of(map_q(place)[0], raw, value, place, references.all[-1], features, log_q, log_k)
@@ -211,7 +221,7 @@ class _Causal(torch.autograd.Function):
             places.append((place, len(references.all) - 1))
         if relative:
             total = references.settle(total)
-        ctx.features, ctx.places = features, places
+        ctx.features, ctx.spans = features, by_span(places, span_size)
         ctx.save_for_backward(
             query, key, value, output, normaliser, lengths, log_q, log_k, *params, *states, *references.all
         )
@@ -227,7 +237,7 @@ class _Causal(torch.autograd.Function):
             ctx.features,
             ctx.saved_tensors,
         )
-        count, spans = len(features.params), by_span(ctx.places, SPAN)
+        count, spans = len(features.params), ctx.spans
         params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
         map_q, map_k = feature_maps(features, query, key, params, states[0].dtype, ctx.needs_input_grad[9:])
         grad_value = torch.empty_like(value)
@@ -354,7 +364,7 @@ class _Bidirectional(torch.autograd.Function):
     @without_autocast
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
         map_q, map_k = feature_maps(features, query, key, params, top.dtype)
-        spans, groups = cuts(query.shape[2], SPAN), key.shape[1]
+        spans, groups = cuts(query.shape[2], sizes(query, features)[1]), key.shape[1]
         for place in spans:
             (raw, _), reference = map_k(place, lengths), None
             if features.logarithmic:
@@ -379,7 +389,7 @@ class _Bidirectional(torch.autograd.Function):
         features = ctx.features
         query, key, value, output, normaliser, lengths, total, reference, *params = ctx.saved_tensors
         map_q, map_k = feature_maps(features, query, key, params, total.dtype, ctx.needs_input_grad[7:])
-        spans, groups = cuts(query.shape[2], SPAN), key.shape[1]
+        spans, groups = cuts(query.shape[2], sizes(query, features)[1]), key.shape[1]
         grad_value, grad_total = torch.empty_like(value), torch.zeros_like(total)
         for place in spans:
             raw, pull = map_q(place)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .grain import at_once
 from .tiles import largest_places
 
-SCORES = 2**18  # products that exist at one time
+SCORES = 2**18  # products that exist at one time on a CPU
 ROWS = 48  # queries whose products the kernel holds at one time
 
 
@@ -30,8 +31,9 @@ def largest_products(query: Tensor, key: Tensor, ends: Tensor, picks: int) -> Te
         return _by_kernel(library, query, key, ends, picks)
     grouped, chosen = query.unflatten(1, (groups, -1)), ends.new_zeros(batch, heads, rows, picks)
     key, slot, most = key.to(query.dtype), torch.arange(size, device=key.device), min(picks, size)
-    for piece in torch.arange(rows).split(max(1, SCORES // max(1, batch * heads * size))):
-        part = slice(int(piece[0]), int(piece[-1]) + 1)
+    step = max(1, at_once(SCORES, query.device) // max(1, batch * heads * size))
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
         scores = grouped[:, :, :, part].flatten(2, 3) @ key.mT
         scores = scores.view(batch, heads, -1, size).to(torch.float32)
         hidden = (slot >= ends[:, part, None])[:, None]

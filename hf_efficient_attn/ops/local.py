@@ -61,8 +61,9 @@ class Blocks:
     def add_windows(self, total: Tensor, x: Tensor, back: int) -> None:
         """Transpose of `windows`: adds x (P, G, L, D) to total (B, G, S, D) in place."""
         x = x.unflatten(0, (self.batch, self.count)).permute(0, 2, 1, 4, 3)
-        for offset in range(0, x.shape[4], self.size):
-            piece = x[..., offset : offset + self.size]
+        step = self.size if self.count > 1 else x.shape[4]  # windows overlap beyond it
+        for offset in range(0, x.shape[4], step):
+            piece = x[..., offset : offset + step]
             begin, width = self.start - back + offset, piece.shape[4]
             end = begin + (self.count - 1) * self.size + width
             total[:, :, begin:end].unfold(2, width, self.size).add_(piece)

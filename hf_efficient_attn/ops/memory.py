@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, pad
 
+from .grain import at_once
 from .precision import first_order, without_autocast
 
 FLOOR = 1e-30  # of a normaliser
-ROWS = 2**14  # tokens times rows and heads whose features exist at one time, in whole segments
+ROWS = 2**14  # tokens times rows and heads whose features exist at one time on a CPU, in whole segments
 
 
 def written(key: Tensor, value: Tensor, size: int, lengths: Tensor | None = None) -> Tensor:
@@ -59,7 +60,7 @@ def _slope(phi: Tensor) -> Tensor:
 def _spans(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
     """Of x (B, H, N, D) some segments of `size` tokens at a time, and their tokens."""
     segments = -(-x.shape[2] // size)
-    step = max(1, ROWS // max(1, x.shape[:2].numel() * size))
+    step = max(1, at_once(ROWS * x.shape[3], x.device) // max(1, x.shape[:2].numel() * size * x.shape[3]))
     for first in range(0, segments, step):
         last = min(first + step, segments)
         yield slice(first, last), slice(first * size, min(last * size, x.shape[2]))

@@ -27,12 +27,13 @@ from torch.nn.functional import pad
 from ..caching import AttentionState, column
 from .few import attend_ranges, attend_slots, recent_ranges
 from .few import has_kernel as has_few_kernel
+from .grain import at_once
 from .joint import HUGE, Part, _backward, _forward, joint_attention_and_lse
 from .sorted_intervals import has_kernel, sorted_intervals
 from .tiles import _extended, _rows, _Space
 
 TILE = 64  # queries
-AREA = 2**19  # weights that exist at one time
+AREA = 2**19  # weights that exist at one time on a CPU
 STEP = 8  # new tokens up to which each query reads its keys by itself
 
 
@@ -297,7 +298,7 @@ def _tiles(intervals: Intervals, tile: int) -> list[tuple[Tensor, Tensor, int]]:
     tiles, done = [], 0
     while done < len(lengths):
         width = min(-(-lengths[done] // 16) * 16, size)
-        piece = slice(done, done + max(1, AREA // (tile * width)))
+        piece = slice(done, done + max(1, at_once(AREA, device) // (tile * width)))
         index = begin[piece, None] + slot
         rows = row[index.clamp_max(count - 1)].masked_fill_(index >= end[piece, None], count)
         tiles.append((rows, first[piece].clamp_max(size - width), width))

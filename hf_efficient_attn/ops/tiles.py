@@ -27,12 +27,13 @@ from torch.nn.functional import pad
 from .. import kernels
 from ..caching import Count, column
 from .exact import sdpa
+from .grain import at_once
 from .joint import HUGE, joint_attention
 from .local import Blocks
 from .precision import first_order, without_autocast
 from .rows import shift
 
-SCORES = 2**16  # scores that exist at one time
+SCORES = 2**16  # scores that exist at one time on a CPU
 FEW = 8  # queries that are not worth a call for each head
 COPIED = 2**24  # numbers of keys that are copied at one time where all shapes are fixed
 SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
@@ -222,10 +223,10 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
     features, chosen = features.unflatten(1, (groups, -1)), []
     own = own[:, None, :, None]
     last = own - 1 if blocks is None else (blocks - 1).view(-1, 1, 1, 1)
-    chunk = max(1, SCORES // max(1, batch * heads * count))
+    chunk = max(1, at_once(SCORES, features.device) // max(1, batch * heads * count))
     for begin in range(0, length, chunk):
         piece = slice(begin, begin + chunk)
-        fixed = blocks is not None or torch.compiler.is_exporting()
+        fixed = blocks is not None or torch.compiler.is_exporting() or features.device.type != "cpu"
         reach = count if fixed else min(int(own[:, :, piece].max()), count)
         with torch.autocast(features.device.type, enabled=False):
             scores = features[:, :, :, piece].flatten(2, 3) @ summaries[:, :, :reach].transpose(2, 3)

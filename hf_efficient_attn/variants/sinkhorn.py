@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from ..caching import AttentionState, Count, TokenStore, take
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
+from ..ops.grain import at_once
 from ..ops.joint import Part, joint_attention
 from ..ops.local import Blocks, Segments, in_ranges, local_decoder, remember
 from ..ops.precision import first_order, without_autocast
@@ -44,7 +45,7 @@ from ..ops.rows import shift
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention, HostShape
 
-SCORES = 2**16  # scores of block pairs that exist at one time
+SCORES = 2**16  # scores of block pairs that exist at one time on a CPU
 NEVER = -1e30  # log weight of what is no partner; finite, so that differences of it are
 
 
@@ -358,7 +359,7 @@ def _by_row(count: Count, device: torch.device) -> Tensor:
 
 def _chunks(x: Tensor, columns: int) -> list[slice]:
     """Slices of the rows (B, G, n, D) that have about `SCORES` scores."""
-    size = max(1, SCORES // (x.shape[0] * x.shape[1] * columns))
+    size = max(1, at_once(SCORES, x.device) // (x.shape[0] * x.shape[1] * columns))
     return [slice(begin, min(begin + size, x.shape[2])) for begin in range(0, x.shape[2], size)]
 
 
