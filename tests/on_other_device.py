@@ -1,7 +1,7 @@
 """
 Runs every variant on a device that is not the CPU (`other_device`) and on the CPU without kernels, and compares.
 
-    python tests/on_other_device.py modules|models
+    python tests/on_other_device.py modules|long|models
 
 Prints a line of JSON for each case: its name, and what went wrong or null.
 """
@@ -25,10 +25,13 @@ from transformers import PreTrainedModel
 from zoo import ZOO
 
 from hf_efficient_attn import available_variants, patch_model, select_variants
+from hf_efficient_attn.ops import grain
 from hf_efficient_attn.ops.exact import exact_attention
 from hf_efficient_attn.ops.rows import Texts
 from hf_efficient_attn.recovery import attention_errors, attention_transfer
-from hf_efficient_attn.registry import get_info
+from hf_efficient_attn.registry import get_config_class, get_info
+
+LENGTH = 1024
 
 
 def same(here: Tensor, there: Tensor, tolerance: float, what: str) -> None:
@@ -64,6 +67,35 @@ def module(name: str, causal: bool) -> None:
             with torch.no_grad():
                 one, two = decode(here, given, splits, rows), decode(there, moved, splits, elsewhere(rows))
             same(one, two, 1e-4, "calls of several lengths")
+
+
+def long(name: str, causal: bool) -> None:
+    """Default sizes: values, gradients, and how many operators a forward and a backward pass have to start."""
+    subject = Subject(name, causal, oracle=name)
+    options = get_config_class(name).options()
+    config = get_config_class(name)(**({"max_length": LENGTH} if "max_length" in options else {}))
+    here, there = subject.build(config, dtype=torch.float32), elsewhere(subject.build(config, dtype=torch.float32))
+    given = [x.requires_grad_() for x in inputs(1, LENGTH, dtype=torch.float32)]
+    moved = [elsewhere(x).requires_grad_() for x in given]
+    weight = torch.randn(given[0].shape)
+    (run(here, *given) * weight).sum().backward()
+    with other_device.counting() as counts:
+        output = run(there, *moved)
+        (output * elsewhere(weight)).sum().backward()
+    same(run(here, *given), output, 1e-4, "output")
+    for i in range(3):
+        same(given[i].grad, moved[i].grad, 1e-3, f"gradient {i}")
+    assert counts["started"] <= 900, f"{counts['started']} operators are started"
+    assert counts["waited for"] <= 8, f"{counts['waited for']} numbers are waited for"
+
+
+def small_steps() -> None:
+    """As on a CPU."""
+    grain.WORTH = 0
+    try:
+        long("hedgehog", False)
+    finally:
+        grain.WORTH = 2**22
 
 
 def model(name: str, architecture: str) -> None:
@@ -154,10 +186,14 @@ def cases(part: str) -> Iterator[tuple[str, object]]:
             for architecture in ("bert", "llama"):
                 yield f"{name}, spread {architecture}", lambda n=name, a=architecture: spread(n, a)
         return
-    yield "fault", fault
+    if part == "long":
+        yield "small steps", small_steps
+    else:
+        yield "fault", fault
+    case = long if part == "long" else module
     for name in available_variants():
         for causal in (False, True) if get_info(name).module_class.kind == "attention" else ():
-            yield f"{name}, {'decoder' if causal else 'encoder'}", lambda n=name, c=causal: module(n, c)
+            yield f"{name}, {'decoder' if causal else 'encoder'}", lambda n=name, c=causal: case(n, c)
 
 
 def main(part: str) -> None:

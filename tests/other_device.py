@@ -7,7 +7,9 @@ It changes PyTorch for the whole process, so it is for a program of its own: `te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "other"
 DEVICE = torch.device("privateuseone", 0)
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero")  # the result is needed before anything else can be started
 MOVES = ("aten::_to_copy", "aten::copy_")  # what may meet tensors of both devices
 strict = False  # whether scalars of the CPU are refused as well, as those of one GPU are on another
 
@@ -41,6 +44,8 @@ class OtherTensor(Tensor):
     # What PyTorch does in C++ below the dispatcher
 
     def tolist(self) -> list:
+        if _counted is not None:
+            _counted["waited for"] += 1
         return self.inner.tolist()
 
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
@@ -66,6 +71,20 @@ def elsewhere(x: Any) -> Any:
     return OtherTensor(x.detach().clone()) if isinstance(x, Tensor) else x
 
 
+_counted: Counter | None = None
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """How many operators are started inside the block, but for views, and how many results are waited for."""
+    global _counted
+    _counted = Counter()
+    try:
+        yield _counted
+    finally:
+        _counted = None
+
+
 def begin() -> None:
     """From here on `device="other"` exists."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
@@ -77,6 +96,8 @@ def begin() -> None:
 
 
 def _run(operator, args: tuple, kwargs: dict) -> Any:
+    if _counted is not None and not operator.is_view:
+        _counted["waited for" if operator.name() in WAITS else "started"] += 1
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in tensors if isinstance(x, OtherTensor)]
     name, device = operator.name(), kwargs.get("device")

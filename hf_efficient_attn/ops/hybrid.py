@@ -57,7 +57,8 @@ class Window:
         position, offset = first + tiles + j, j - i[:, None]
         window = (offset >= 0) & (offset <= self.back + self.ahead) & (position >= 0) & (position < end)
         sinks = torch.arange(self.sinks, device=device) < first + tiles + i[:, None]
-        return torch.cat([sinks, window], 3)[:, :, None]
+        batch = max(len(window), len(sinks))
+        return torch.cat([x.expand(batch, -1, -1, -1) for x in (sinks, window)], 3)[:, :, None]
 
 
 def window_and_sums(
