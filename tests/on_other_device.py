@@ -91,11 +91,11 @@ def long(name: str, causal: bool) -> None:
 
 def small_steps() -> None:
     """As on a CPU."""
-    grain.WORTH = 0
+    grain.STARTED = 0
     try:
         long("hedgehog", False)
     finally:
-        grain.WORTH = 2**22
+        grain.STARTED = 2**22
 
 
 def model(name: str, architecture: str) -> None:

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 from ..caching import AttentionState
 from .feature_scan import FeatureScan, has_kernel
 from .features import NEVER, Features, References, by_span, cuts, feature_maps, finite, halves, padded, rescale
-from .grain import at_once
+from .grain import at_once, has_price
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens of an encoder whose features exist at one time, at least; a decoder's S is kept once for so many
@@ -42,7 +42,7 @@ CHUNK = 64  # tokens of a decoder that read one another directly; SPAN is a mult
 
 def sizes(query: Tensor, features: Features) -> tuple[int, int]:
     """Tokens of a chunk and of a span on the queries' device."""
-    if query.device.type == "cpu":
+    if not has_price(query.device):
         return CHUNK, SPAN
     features_of_a_span = query.shape[:2].numel() * features.size * SPAN
     return SPAN, SPAN * max(1, at_once(features_of_a_span, query.device) // features_of_a_span)

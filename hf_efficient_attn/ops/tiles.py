@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from .. import kernels
 from ..caching import Count, column
 from .exact import sdpa
-from .grain import at_once
+from .grain import at_once, has_price
 from .joint import HUGE, joint_attention
 from .local import Blocks
 from .precision import first_order, without_autocast
@@ -226,7 +226,7 @@ def best_blocks(features: Tensor, summaries: Tensor, own: Tensor, blocks: Tensor
     chunk = max(1, at_once(SCORES, features.device) // max(1, batch * heads * count))
     for begin in range(0, length, chunk):
         piece = slice(begin, begin + chunk)
-        fixed = blocks is not None or torch.compiler.is_exporting() or features.device.type != "cpu"
+        fixed = blocks is not None or has_price(features.device)
         reach = count if fixed else min(int(own[:, :, piece].max()), count)
         with torch.autocast(features.device.type, enabled=False):
             scores = features[:, :, :, piece].flatten(2, 3) @ summaries[:, :, :reach].transpose(2, 3)
