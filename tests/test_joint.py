@@ -73,6 +73,22 @@ def test_the_gradient_of_the_log_sum_exp(used, fused, monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.bfloat16, 90), (torch.float16, 90), (torch.float16, 2000)])
+def test_half_precision_keeps_what_tells_keys_apart(dtype, shared, fused, monkeypatch):
+    """Keys have much in common where a model gives them a bias; products with it may be beyond float16."""
+    if not fused:
+        monkeypatch.setattr(joint, "_fused", lambda query, dropout: False)
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, h, n, 32, generator=g) for h, n in ((4, 9), (2, 40), (2, 40)))
+    half = [x.to(dtype) for x in (query + 2, key + shared, value)]
+    got, want = (
+        joint_attention(q, [Part(k[:, :, cut], v[:, :, cut]) for cut in (slice(0, 25), slice(25, 40))], scaling=0.3)
+        for q, k, v in (half, [x.float() for x in half])
+    )
+    assert (got - want).abs().max() < 2e-2
+
+
 def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
     query = torch.randn(1, 2, 4, 8, requires_grad=True)
     key = torch.randn(1, 2, 5, 8, requires_grad=True)

@@ -322,10 +322,18 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0], groups, -1, x.shape[3])
 
 
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """
+    (P, H, T, L), float32 or better: what all keys have in common makes products large, and rounded to half precision they would
+    lose what tells keys apart, or overflow.
+    """
+    accurate = torch.promote_types(query.dtype, torch.float32)
+    products = _grouped(query.to(accurate), key.shape[1]) @ key.to(accurate).transpose(2, 3)
+    return products.view(*query.shape[:3], key.shape[2])
+
+
 def _logits(query, key, mask, causal, scaling):
-    scores = _grouped(query, key.shape[1]) @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scaling
-    scores = scores.view(*query.shape[:3], key.shape[2])
+    scores = _products(query, key).mul_(scaling)
     if causal:
         t, s = scores.shape[2:]
         hidden = torch.ones(t, s, dtype=torch.bool, device=query.device).triu_(1)
@@ -351,7 +359,7 @@ def _math_backward(grad, query, key, value, output, lse, mask, causal, scaling, 
     weights = torch.exp(_logits(query, key, mask, causal, scaling) - lse.to(accurate)[..., None])
     dropped = weights if keep is None else weights * keep / (1 - dropout)
     dv = _grouped(dropped.to(grad.dtype), g).transpose(2, 3) @ _grouped(grad, g)
-    dweights = (_grouped(grad, g) @ value.transpose(2, 3)).view(weights.shape).to(accurate)
+    dweights = _products(grad, value)
     if keep is not None:
         dweights = dweights * keep / (1 - dropout)
     delta = (grad.to(accurate) * output.to(accurate)).sum(-1, keepdim=True)
