@@ -1,8 +1,10 @@
 """perceiver: latents that ask for one token each give dense attention, and its defaults depend on the direction."""
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_efficient_attn.ops.summaries import SoftmaxPool
 from hf_efficient_attn.registry import build
 from hf_efficient_attn.variant import HostShape
 from hf_efficient_attn.variants.perceiver import PerceiverAttention, PerceiverConfig
@@ -36,3 +38,15 @@ def test_a_latent_for_each_token_is_dense_attention():
     with torch.no_grad():
         module.latents.copy_(1e4 * key[0])
     assert (module(query, key, value, scaling=0.4, causal=False) - dense).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_segment_is_read_in_full_precision(dtype):
+    """Of keys that share a large part, as where a model gives them a bias: each slot is what it is, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 2, 3, 24, 32, generator=generator).add(x).to(dtype) for x in (700, 0))
+    pool = SoftmaxPool(torch.randn(2, 4, 32, generator=generator).abs().to(dtype))
+    real = torch.rand(2, 3, 24, generator=generator) < 0.7
+    for x, wide in zip(pool.summarise(key, value, real), pool.summarise(key.float(), value.float(), real), strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x, wide.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)

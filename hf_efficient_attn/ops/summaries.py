@@ -75,12 +75,14 @@ class SoftmaxPool:
         return self.weight.shape[1]
 
     def summarise(self, key: Tensor, value: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = self.weight[:, None].to(key.dtype) @ key.mT
-        logits = logits.to(torch.promote_types(key.dtype, torch.float32))
-        if real is not None:
-            logits = logits.masked_fill(~real[:, None, :, None], torch.finfo(logits.dtype).min)
-        weights = logits.softmax(-1).to(key.dtype)
-        return weights @ key, weights @ value
+        with torch.autocast(key.device.type, enabled=False):  # weights that do not sum to 1 would scale what keys share
+            accurate = torch.promote_types(key.dtype, torch.float32)
+            wide = key.to(accurate)
+            logits = self.weight[:, None].to(accurate) @ wide.mT
+            if real is not None:
+                logits = logits.masked_fill(~real[:, None, :, None], torch.finfo(accurate).min)
+            weights = logits.softmax(-1)
+            return (weights @ wide).to(key.dtype), (weights @ value.to(accurate)).to(value.dtype)
 
     def exists(self, real: Tensor) -> Tensor:
         return real.any(2)[:, None, :, None].expand(-1, -1, -1, self.slots)

@@ -158,7 +158,8 @@ def _join(query, key, value, far: Tensor, lse: Tensor, *, scaling: float, dropou
     """
     groups, p, accurate = key.shape[1], query.shape[3], torch.promote_types(query.dtype, torch.float32)
     grouped = query.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)  # (B, G, I, H / G p, D)
-    logits = (grouped @ key.mT).to(accurate).unflatten(3, (-1, p)) * scaling
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (grouped.to(accurate) @ key.mT.to(accurate)).unflatten(3, (-1, p)) * scaling
     later = torch.ones(p, p, dtype=torch.bool, device=query.device).triu(1)
     logits = logits.masked_fill(later, float("-inf"))
     weights = torch.dropout(logits.softmax(-1), dropout, dropout > 0).to(value.dtype)
