@@ -114,3 +114,13 @@ def test_the_kernel_is_the_joint_softmax(padded, fields):
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
         assert want.abs().max() > 0.1
+
+
+def test_half_precision_keeps_what_an_inverse_makes_large():
+    """The landmarks' values, of both signs, and keys that share a large part."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = inputs(70, 4, 2, 32)
+    half = [x.bfloat16() for x in (query, key + 40 * torch.randn(1, 2, 1, 32, generator=g), value)]
+    module = make(False, 4, 2, 32, num_landmarks=4)
+    want = module(*(x.float() for x in half), scaling=32**-0.5, causal=False)
+    assert (module(*half, scaling=32**-0.5, causal=False) - want).abs().max() < 2e-2 * want.abs().max()

@@ -134,8 +134,8 @@ class NystromAttention(EfficientAttention):
                 q_mean, key.to(accurate), value.to(accurate), lengths=lengths, scaling=scaling, causal=False
             )
             matrix = _logits(q_mean, k_mean, scaling).softmax(-1)
-            slots = _solve_by_iteration(matrix, read, self.config.iterations)
-        output = sdpa(query, _per_query_head(k_mean, query).to(query), slots.to(query), **options)
+            slots = _solve_by_iteration(matrix, read, self.config.iterations)  # large, and of both signs
+            output = sdpa(query.to(accurate), _per_query_head(k_mean, query), slots, **options).to(query)
         if lengths is None:
             return output
         few = {"lengths": lengths.clamp_max(m), "causal": False, **options}
