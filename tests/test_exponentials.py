@@ -19,17 +19,21 @@ def layer(kv_heads: int, dtype=torch.float32):
     return build(PerformerConfig(num_features=48), HostShape(HEADS, kv_heads, DIM, HEADS * DIM, True)).to(dtype)
 
 
-def inputs(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32) -> list[Tensor]:
-    """Heads lie side by side in memory. The first keys are `growth` times as long as the last, and weigh so much less."""
+def inputs(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32, shared: float = 0.0) -> list[Tensor]:
+    """
+    Heads lie side by side in memory. The first keys are `growth` times as long as the last, and weigh so much less. Queries and
+    keys have `shared` in common.
+    """
     g = torch.Generator().manual_seed(0)
     args = [torch.randn(3, length, heads, DIM, generator=g).transpose(1, 2) for heads in (HEADS, kv_heads, kv_heads)]
     args[1] = args[1] * torch.linspace(growth, 1, length)[:, None]
+    args[:2] = (x + shared for x in args[:2])
     return [x.to(dtype).requires_grad_() for x in args]
 
 
-def results(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32) -> list[Tensor]:
+def results(length: int, kv_heads: int, growth: float = 1.0, dtype=torch.float32, shared: float = 0.0) -> list[Tensor]:
     """Output and gradients, of a batch with padding."""
-    module, args = layer(kv_heads, dtype), inputs(length, kv_heads, growth, dtype)
+    module, args = layer(kv_heads, dtype), inputs(length, kv_heads, growth, dtype, shared)
     padding = torch.arange(length) >= torch.tensor([0, length // 3, length - 1])[:, None]
     output = module(*args, padding=padding, scaling=SCALING, causal=True)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -66,6 +70,16 @@ def test_references_rise_and_pieces_are_halved(calls, growth) -> None:
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert torch.isfinite(got).all()
         assert (got - want).abs().max() <= 10 * (other - want).abs().max() + 1e-6 < 1e-2 * want.abs().max()
+
+
+def test_both_passes_round_alike(calls) -> None:
+    """Where logarithms are of hundreds, and a query's gradient is the small difference of large sums."""
+    ours = results(150, 2, shared=-30.0)
+    assert set(calls) == {"exponentials_forward", "exponentials_backward"}
+    with kernels.off():
+        theirs, exact = (results(150, 2, dtype=dtype, shared=-30.0) for dtype in (torch.float32, torch.float64))
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert (got - want).abs().max() <= 5 * (other - want).abs().max()
 
 
 @pytest.mark.parametrize("splits", [(333,), (70, 263), (1, 64, 200, 68)])

@@ -24,12 +24,18 @@ typedef struct {
     int begun;
 } Scan;
 
+/*
+ * Of what both passes compute: as one piece of code, so that the compiler rounds alike in both. Logarithms are large, and features
+ * would differ by what is lost in them, where a query's gradient is the small difference of large sums.
+ */
+#define ALIKE static __attribute__((noinline, noclone))
+
 static float bounded(float x) { return x > -1e30f ? x : 0; }
 
 static float power(float x) { return exponential((vec){0} + x)[0]; }
 
 /* phi(k) (m, T) of n tokens, zero beyond them, and kt (dim, T); 0 where the piece is to be halved first. */
-static int key_features(Scan *c, const float *k, long sk, long n, float *kt, float *phi) {
+ALIKE int key_features(Scan *c, const float *k, long sk, long n, float *kt, float *phi) {
     float low[FEATURES], high[FEATURES], rise = 0;
     long wide = (n + W - 1) / W * W;
     int leaves = !c->begun;
@@ -67,7 +73,7 @@ static int key_features(Scan *c, const float *k, long sk, long n, float *kt, flo
 }
 
 /* phi(q) (m, T) of n tokens. */
-static void query_features(const Scan *c, const float *q, long sq, long n, float *qt, float *phi) {
+ALIKE void query_features(const Scan *c, const float *q, long sq, long n, float *qt, float *phi) {
     long wide = (n + W - 1) / W * W;
     vec most[T / W];
     gather(q, sq, n, c->dim, 1.0f, qt, T);
