@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_efficient_attn import HostShape, InfiniConfig, LinearConfig
 from hf_efficient_attn.ops import chunked_scan
 from hf_efficient_attn.ops.chunked_scan import linear_attention
-from hf_efficient_attn.ops.features import Features
+from hf_efficient_attn.ops.features import Features, positive
+from hf_efficient_attn.registry import build
 
 GROUPS, HEADS, SIZE, WIDTH = 2, 4, 5, 6
 
@@ -187,3 +189,25 @@ def test_weights_of_tokens(steepness):
         torch.testing.assert_close(ours, theirs, atol=1e-9 * max(theirs.abs().max().item(), 1), rtol=0)
     plain, _ = linear_attention(*args, features, causal=True)
     assert (plain - got).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("config", [LinearConfig(), InfiniConfig(segment_size=8)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shared", [-12.0, -24.0])
+def test_small_features_keep_their_digits(config, causal, shared):
+    """elu(x) + 1 of coordinates that are all far below 0, forward and backward: 1e-5 and less, which 1 would swallow."""
+    module, found = build(config, HostShape(4, 2, 16, 64, causal)), []
+    for dtype in (torch.float32, torch.float64):
+        g = torch.Generator().manual_seed(0)
+        args = [torch.randn(2, h, 50, 16, generator=g).add(x) for h, x in ((4, shared), (2, shared), (2, 0))]
+        args = [x.to(dtype).requires_grad_() for x in args]
+        output = module.to(dtype)(*args, scaling=1e-3, causal=causal)
+        found.append([output, *torch.autograd.grad((output * torch.randn(output.shape, generator=g)).sum(), args)])
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() < 1e-5 * want.abs().max() > 0
+
+
+def test_the_gradient_of_small_features_at_zero():
+    x = torch.zeros(3, requires_grad=True)
+    y = positive(x)
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [1, 1, 1] == y.tolist()

@@ -49,6 +49,11 @@ def project(x: Tensor, w: Tensor) -> Tensor:
     return (w @ x.mT).mT.unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
+def positive(x: Tensor) -> Tensor:
+    """elu(x) + 1, exp(x) below 0 and x + 1 above, in digits of its own where it is small."""
+    return x.clamp_max(0).exp() + x.relu()
+
+
 class _Map:
     """
     One feature map over pieces of its input. In a backward pass `of_params` has a tensor for each parameter that needs

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu, pad
+from torch.nn.functional import pad
 
+from .features import positive
 from .grain import at_once
 from .precision import first_order, without_autocast
 
@@ -49,7 +50,7 @@ def _needed(size: int, x: Tensor) -> int:
 
 def features(x: Tensor) -> Tensor:
     """elu(x) + 1, in float32 or better."""
-    return elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+    return positive(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 def _slope(phi: Tensor) -> Tensor:

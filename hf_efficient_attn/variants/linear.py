@@ -14,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import elu
 
 from ..config import EfficientAttentionConfig
 from ..ops.chunked_scan import attend_linearly
-from ..ops.features import Features
+from ..ops.features import Features, positive
 from ..registry import register_variant
 from ..variant import EfficientAttention
 
@@ -40,12 +39,8 @@ class LinearAttention(EfficientAttention):
     constant_state = True
 
     def attend(self, query, key, value, *, lengths, scaling, dropout, causal, state, hidden) -> Tensor:
-        features = Features(_positive, _positive, self.host.head_dim, pulls=(_pull, _pull))
+        features = Features(positive, positive, self.host.head_dim, pulls=(_pull, _pull))
         return attend_linearly(query, key, value, features, causal=causal, lengths=lengths, state=state)
-
-
-def _positive(x: Tensor) -> Tensor:
-    return elu(x) + 1
 
 
 def _pull(x: Tensor, slope: Tensor) -> Tensor:
