@@ -82,6 +82,35 @@ def test_the_gate_is_its_recurrence_over_many_tokens(bias):
     torch.testing.assert_close(output[0].double(), torch.stack(rows, 1), atol=2e-3, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_no_later_token_moves_a_digit_of_an_earlier_one():
+    """Sums are relative to logarithms that a piece of the text has in common."""
+    module, g = make(gate=True, dim=16, num_features=16), torch.Generator().manual_seed(0)
+    module.gate.weight.normal_(generator=g).mul_(0.5)
+    module.gate.bias.fill_(1.0)
+    args = [torch.randn(1, 2, 300, 16, generator=g) for _ in range(3)] + [torch.randn(1, 300, 32, generator=g)]
+    outputs = []
+    for factor in (1, -3):
+        args[1][:, :, 200] *= factor
+        args[3][:, 200] *= factor
+        outputs.append(module(*args[:3], scaling=0.3, causal=True, hidden=args[3]))
+    assert torch.equal(*(x[:, :, :200] for x in outputs)) and not torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_a_fading_past_costs_no_accuracy_in_a_long_text():
+    """Logarithms of what the gate leaves add up to thousands; what counts is their difference over some tokens."""
+    module, g = make(gate=True, num_features=16), torch.Generator().manual_seed(0)
+    module.gate.bias.fill_(0.0)
+    args = [torch.randn(1, 2, 4096, 8, generator=g) for _ in range(3)] + [torch.randn(1, 4096, 16, generator=g)]
+    whole = module(*args[:3], scaling=0.3, causal=True, hidden=args[3])
+    in_calls = decode(module, args, (3000, 1, 1095), scaling=0.3)
+    exact = [x.double() for x in args]
+    want = module.double()(*exact[:3], scaling=0.3, causal=True, hidden=exact[3])
+    for got in (whole, in_calls):
+        assert (got - want).abs().median() < 1e-6
+
+
 def test_a_closed_gate_forgets():
     args, hidden = [torch.randn(1, 2, 30, 8) for _ in range(3)], torch.randn(1, 30, 16)
     moved = [args[0], args[1], args[2].clone()]

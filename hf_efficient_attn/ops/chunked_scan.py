@@ -52,7 +52,8 @@ def sizes(query: Tensor, features: Features) -> tuple[int, int]:
 class Weights:
     """
     A decoder's key j counts exp(key_j) times, and what query t reads is multiplied by exp(query_t): (B, G, N) both, with
-    gradients. The latter changes nothing but what `Features.floor` is compared with. Not for logarithmic features.
+    gradients. The latter changes nothing but what `Features.floor` is compared with. Not for logarithmic features. In float64
+    where logarithms grow with the text: their differences are what counts.
     """
 
     query: Tensor
@@ -126,7 +127,7 @@ def linear_attention(
         return before.total.new_zeros(*query.shape[:3], value.shape[3] + (features.floor is None)), before
     tensors = query, key, value, before.total, before.top
     if causal:
-        logs = (None, None) if weights is None else (weights.query.to(accurate), weights.key.to(accurate))
+        logs = (None, None) if weights is None else (weights.query, weights.key)
         if weights is not None and lengths is not None:  # at padding, whose logarithms may be anything
             logs = logs[0], logs[1].masked_fill(padded(lengths, slice(0, query.shape[2]))[..., 0], NEVER)
         if query.shape[2] == 1 and not torch.is_grad_enabled():
@@ -181,8 +182,8 @@ def _one_token(features: Features, query, key, value, before: Sums, lengths, log
     if features.floor is None:
         return read, Sums(total, top)
     if log_q is not None:
-        read = (read.unflatten(1, (groups, -1)) * (log_q + reference).exp_()[:, :, None, :, None]).flatten(1, 2)
-    output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
+        read.unflatten(1, (groups, -1)).mul_((log_q + reference).exp_()[:, :, None, :, None])
+    output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=total.dtype)
     _divide(read, features.floor, output, normaliser)
     return output, Sums(total, top)
 
@@ -306,7 +307,8 @@ class _Chunk:
         k = _exp_key(raw_k, center).flatten(0, 1).mT
         value = _with_one(value, place, k.dtype)
         if log_k is not None:
-            weights = tuple((x[:, :, place] + r).exp()[..., None] for x, r in ((log_q, reference), (log_k, -reference)))
+            logs = (log_q[:, :, place] + reference, log_k[:, :, place] - reference)
+            weights = tuple(x.exp()[..., None].to(k.dtype) for x in logs)
             value.mul_(weights[1])
         return _Chunk(q, k, value.flatten(0, 1), (batch, groups, size), features.logarithmic, *weights)
 

@@ -114,7 +114,7 @@ class FeatureScan(torch.autograd.Function):
 
 def _weights(log_q: Tensor, log_k: Tensor, place: slice, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(B, G, 1, T) both, from logarithms (B, G, N), relative to the reference (B, G, 1) of sums."""
-    return tuple((x[:, :, place] + r).exp()[:, :, None] for x, r in ((log_q, reference), (log_k, -reference)))
+    return tuple((x[:, :, place] + r).exp()[:, :, None].float() for x, r in ((log_q, reference), (log_k, -reference)))
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

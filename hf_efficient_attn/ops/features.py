@@ -6,6 +6,7 @@ Letters: B batch, H query heads, G key/value heads, N tokens, T tokens of a piec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+LOG_2 = math.log(2)  # references are multiples of it: numbers relative to another one have the same digits
 REACH = 50.0  # most that a logarithm may rise in a piece: exp(1.5 REACH), the largest number met, fits float32
 
 
@@ -120,7 +122,7 @@ class References:
         if len(self.all) == 1 or rise(self.all[-1] - REACH / 2, high) > REACH:
             if logs.shape[2] > 1 and rise(low, high) > REACH:
                 return None
-            self.all.append(finite((low + high) / 2))
+            self.all.append(finite(((low + high) / (2 * LOG_2)).round() * LOG_2))
             total = rescale(total, *self.all[-2:])
         self.top = high
         return total
@@ -138,7 +140,7 @@ def rise(low: Tensor, high: Tensor) -> float:
 
 def rescale(total: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """Sums relative to `old` made relative to `new`."""
-    return total * torch.exp(old - new)[..., None]
+    return total * torch.exp(old - new)[..., None].to(total.dtype)
 
 
 def finite(top: Tensor) -> Tensor:

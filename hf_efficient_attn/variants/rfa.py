@@ -92,10 +92,10 @@ class RfaAttention(EfficientAttention):
             output = attend_linearly(query, key, value, features, weights=weights, **options)
             if state is not None:  # weights are counted from the end of the call on
                 state.entries["log_left"] = state.entries.get("log_left", 0) + log_left
-                state.entries["top"] = state.entries["top"] + log_left.detach()[..., None]
+                state.entries["top"] = (state.entries["top"] + log_left.detach()[..., None]).to(accurate)
                 if log_left.requires_grad:  # the logarithm that sums are relative to gets no gradient; they do, times 1
                     one = (log_left - log_left.detach()).exp()
-                    state.entries["total"] = state.entries["total"] * one[..., None, None]
+                    state.entries["total"] = state.entries["total"] * one[..., None, None].to(accurate)
             return output
         if causal:
             keys = column(0 if state is None else state.count) + torch.arange(1, n + 1, device=query.device)
@@ -110,7 +110,7 @@ class RfaAttention(EfficientAttention):
         Of the tokens, counted from the call's start on; and the logarithm (B, G) of the share that the call leaves of the
         sums before it.
         """
-        given = self.gate(hidden).mT
+        given = self.gate(hidden).mT.double()  # logarithms add up over the whole text, and differences are what counts
         log_left = logsigmoid(given).cumsum(2)
         all_left = (
             log_left if state is None else log_left + state.entries.get("log_left", log_left.new_zeros(1))[..., None]
