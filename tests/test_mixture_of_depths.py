@@ -49,6 +49,19 @@ def test_skipped_tokens_are_neither_queries_nor_keys(causal) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_logits_far_below_zero(causal) -> None:
+    """Whose probability is 0 in float32: a token that goes through gets what attention gave, and a gradient."""
+    module, (qkv, hidden) = layer(causal, capacity=1.0), inputs(30)
+    want = module(*qkv, scaling=0.3, causal=causal, hidden=hidden)
+    hidden = hidden.mul(300).requires_grad_()
+    assert module.router(hidden).min() < -200
+    output = module(*qkv, scaling=0.3, causal=causal, hidden=hidden)
+    torch.testing.assert_close(output, want)
+    grads = torch.autograd.grad(output.sum(), [hidden, *module.parameters()])
+    assert all(torch.isfinite(x).all() and x.abs().max() > 0 for x in grads)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_cost_falls_with_the_square_of_the_capacity(causal) -> None:
     qkv, hidden = inputs(512)
     flops = []

@@ -28,6 +28,7 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..caching import TokenStore, take
 from ..config import EfficientAttentionConfig, option
@@ -101,8 +102,8 @@ class MixtureOfDepthsAttention(EfficientAttention):
         places, counts = gathered(chosen)
         if state is not None and int(counts.max()) == 0:
             return torch.zeros_like(query)
-        gate = torch.sigmoid(logits).gather(1, places)[:, None, :, None]
-        gate = (gate / gate.detach()).to(query.dtype)
+        log_p = logsigmoid(logits).gather(1, places)[:, None, :, None]
+        gate = (log_p - log_p.detach()).exp().to(query.dtype)  # where p itself would be 0, too
         query_in, key_in, value_in = (take(x, places) for x in (query, key, value))
         options = {"scaling": scaling, "dropout": dropout, "causal": causal}
         own = None if int(counts.min()) == places.shape[1] else counts  # rows that agree need no masks
