@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from hf_efficient_attn import kernels
+from hf_efficient_attn.measuring import peak_memory
 from hf_efficient_attn.ops import joint
 from hf_efficient_attn.ops.joint import Part, joint_attention, joint_attention_and_lse
+from hf_efficient_attn.ops.local import band_encoder
 
 
 def dense(query, key, value, mask, bias):
@@ -117,3 +120,25 @@ def test_dropout_keeps_the_mean_and_its_gradient_is_that_of_the_kept_weights():
         )
 
     assert torch.autograd.gradcheck(run, (query, key.requires_grad_(), value))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_some_groups_of_queries_at_a_time(dropout, monkeypatch):
+    """Where weights are formed, those of all tiles of a long text would be many times what is given."""
+    monkeypatch.setattr(joint, "_fused", lambda query, dropout: False)
+    inputs = [torch.randn(2, heads, 640, 16, requires_grad=True) for heads in (4, 2, 2)]
+
+    def run():
+        torch.manual_seed(0)
+        output = band_encoder(*inputs, window=64, lengths=torch.tensor([640, 500]), scaling=0.3, dropout=dropout)
+        return output, *torch.autograd.grad(output.square().sum(), inputs)
+
+    found = []
+    with kernels.off():
+        for weights in (2**24, 2**17):
+            monkeypatch.setattr(joint, "WEIGHTS", weights)
+            found.append((run(), peak_memory(run)))
+    (want, whole), (got, some) = found
+    assert some < 0.5 * whole
+    for x, y in zip(got, want, strict=True):  # the same are dropped
+        torch.testing.assert_close(x, y)

@@ -9,7 +9,7 @@ nothing of a part's forward is kept (Dao 2022, FlashAttention, section 3.1, used
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from .precision import first_order, without_autocast
 
 CHUNK = 256  # queries whose mask exists at one time, where a part's mask is a function
 AREA = 2**20  # weights of one head that exist at one time, where no fused kernel applies
+WEIGHTS = 2**24  # weights of all heads that exist at one time, there, but for those of one group of queries
 HUGE = 1e30  # stands for the lse of a query that sees nothing: exp(s - HUGE) = 0
 
 
@@ -276,7 +277,9 @@ def _forward(query, key, value, part, scaling, dropout):
             )
             keep = None
         else:
-            out, lse, keep = _math_forward(q, k, v, mask, causal, scaling, dropout)
+            found = [_math_forward(*x, causal, scaling, dropout) for x in _groups(q, k, v, mask)]
+            *found, keep = zip(*found, strict=True)
+            out, lse = (torch.cat(x) for x in found)
         if mask is not None and mask.shape[-1]:
             lse = lse.masked_fill(mask.to(torch.uint8).amax(-1) == 0, float("-inf"))  # `any` is ten times slower
         outs.append(out)
@@ -303,7 +306,9 @@ def _backward(grad, query, key, value, output, lse, part, scaling, dropout, kept
                 g, q, k, v, o, stat, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scaling
             )
         else:
-            dq, dk1, dv1 = _math_backward(g, q, k, v, o, stat, mask, causal, scaling, keep, dropout)
+            groups = zip(_groups(q, k, v, mask, g, o, stat), keep, strict=True)
+            found = [_math_backward(*x, causal, scaling, kept, dropout) for x, kept in groups]
+            dq, dk1, dv1 = (torch.cat(x) for x in zip(*found, strict=True))
         dqs.append(dq)
         if dk is None and k is key:
             dk, dv = dk1, dv1
@@ -315,6 +320,14 @@ def _backward(grad, query, key, value, output, lse, part, scaling, dropout, kept
     if dk is None:
         dk, dv = torch.zeros_like(key), torch.zeros_like(value)
     return dqs[0] if len(dqs) == 1 else torch.cat(dqs, 2), dk, dv
+
+
+def _groups(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Of tensors of P groups of queries, or of one that is the same for all, some groups at a time."""
+    size = max(1, WEIGHTS // (query.shape[1:3].numel() * key.shape[2]))
+    for begin in range(0, len(query), size):
+        given = query, key, *others
+        yield tuple(x if x is None or len(x) < len(query) else x[begin : begin + size] for x in given)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -353,7 +366,7 @@ def _math_forward(query, key, value, mask, causal, scaling, dropout):
     return out.view(query.shape), lse, keep
 
 
-def _math_backward(grad, query, key, value, output, lse, mask, causal, scaling, keep, dropout):
+def _math_backward(query, key, value, mask, grad, output, lse, causal, scaling, keep, dropout):
     g = key.shape[1]
     accurate = torch.promote_types(query.dtype, torch.float32)
     weights = torch.exp(_logits(query, key, mask, causal, scaling) - lse.to(accurate)[..., None])
