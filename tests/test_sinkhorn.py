@@ -7,6 +7,7 @@ import torch
 
 from hf_efficient_attn import HostShape, SinkhornConfig
 from hf_efficient_attn.registry import build
+from hf_efficient_attn.variants.sinkhorn import _Partners
 
 HEADS, GROUPS, D, BLOCK = 4, 2, 8, 4
 
@@ -89,3 +90,17 @@ def test_sinks_beyond_the_first_block_are_refused() -> None:
     with pytest.raises(ValueError, match="num_sinks = 5 must be at most block_size = 4"):
         SinkhornConfig(block_size=4, num_sinks=5)
     assert SinkhornConfig(block_size=4, num_sinks=4).num_sinks == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixtures_are_rounded_once(dtype) -> None:
+    """Weights that did not sum to 1 would scale what all keys share, as where a model gives them a bias."""
+    g = torch.Generator().manual_seed(0)
+    weights, tokens = torch.randn(2, 2, 3, 5, generator=g).softmax(-1), torch.randn(2, 2, 22, 8, generator=g).add(700)
+    tokens, found = tokens.to(dtype), []
+    for x in (tokens, tokens.float()):
+        given = weights.clone().requires_grad_(), x.clone().requires_grad_()
+        partners = _Partners.apply(*given, 4, 0)
+        found.append([partners, *torch.autograd.grad(partners.sum(), given)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-6, atol=1e-6)

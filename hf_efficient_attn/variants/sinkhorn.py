@@ -323,8 +323,8 @@ class _Partners(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, weights, tokens, b, sinks):
-        weights, blocks = weights.to(tokens.dtype), _Partners.blocks(tokens, weights.shape[3], b)
-        partners = (weights @ blocks).unflatten(3, (b, -1))
+        blocks = _Partners.blocks(tokens, weights.shape[3], b).to(weights.dtype)
+        partners = (weights @ blocks).to(tokens.dtype).unflatten(3, (b, -1))  # rounded weights would not sum to 1
         if sinks:
             first = tokens[:, :, None, :sinks].expand(-1, -1, weights.shape[2], -1, -1)
             partners = torch.cat([partners, first], 3)
@@ -338,9 +338,9 @@ class _Partners(torch.autograd.Function):
     def backward(ctx, grad):
         weights, tokens = ctx.saved_tensors
         n, b = weights.shape[3], ctx.b
-        of_mixtures, of_sinks = grad[..., :b, :].flatten(3), grad[..., b:, :].sum(2)
-        of_weights = of_mixtures @ _Partners.blocks(tokens, n, b).mT
-        of_tokens = (weights.mT @ of_mixtures).view(*tokens.shape[:2], n * b, -1)
+        of_mixtures, of_sinks = grad[..., :b, :].flatten(3).to(weights.dtype), grad[..., b:, :].sum(2)
+        of_weights = of_mixtures @ _Partners.blocks(tokens, n, b).mT.to(weights.dtype)
+        of_tokens = (weights.mT @ of_mixtures).to(tokens.dtype).view(*tokens.shape[:2], n * b, -1)
         if n * b < tokens.shape[2]:
             of_tokens = pad(of_tokens, (0, 0, 0, tokens.shape[2] - n * b))
         of_tokens[:, :, : of_sinks.shape[2]] += of_sinks
