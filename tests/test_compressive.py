@@ -125,3 +125,16 @@ def test_sizes_that_cut_a_slot_are_refused():
         with pytest.raises(ValueError, match=f"{field} = 6 must be a multiple of compression_rate = 4"):
             CompressiveConfig(**{"segment_size": 8, "memory_size": 8, "compression_rate": 4, field: 6})
     assert CompressiveConfig(segment_size=8, memory_size=4, compression_rate=4).memory_size == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compression", ["mean", "conv"])
+def test_slots_are_rounded_once(compression, dtype):
+    """Of keys that share a large part, as where a model gives them a bias; their sum would be beyond float16."""
+    config = CompressiveConfig(segment_size=99, memory_size=99, compression_rate=99, compression=compression)
+    module, g = build(config, HostShape(4, 2, 8, 32, True)), torch.Generator().manual_seed(0)
+    key = torch.randn(2, 2, 3, 99, 8, generator=g).add(700).to(dtype)
+    real = torch.rand(2, 3, 99, generator=g) < 0.7
+    for given in (real, None):
+        got, want = (module.summarise(x, x, given)[0] for x in (key, key.float()))
+        torch.testing.assert_close(got, want.to(dtype), rtol=torch.finfo(dtype).eps / 2, atol=0)

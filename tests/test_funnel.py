@@ -99,3 +99,11 @@ def test_half_precision_keeps_what_tells_keys_apart():
     half = [x.bfloat16() for x in args]
     want = run(make(True).float(), [x.float() for x in half])
     assert (run(make(True).bfloat16(), half) - want).abs().max() < 2e-2
+
+
+def test_a_mean_of_many_queries_in_half_precision():
+    """Whose sum float16 could not hold."""
+    query, key, value = inputs(200)
+    half = [x.half() for x in (query + 700, key / 100, value)]
+    want = run(make(False, pooling=200).float(), [x.float() for x in half])
+    assert (run(make(False, pooling=200).half(), half) - want).abs().max() < 1e-2

@@ -177,9 +177,13 @@ class CompressiveAttention(EfficientAttention):
             if real is None:
                 return x.amax(4)
             return x.masked_fill(~real & real.any(4, keepdim=True), float("-inf")).amax(4)
-        total = x.sum(4) if weight is None else torch.einsum("bgnrcd,gcde->bgnre", x, weight.to(x))
         number = x.shape[4] if real is None else real.sum(4).clamp_min(1)
-        return total / number if weight is None else total * x.shape[4] / number
+        accurate = torch.promote_types(x.dtype, torch.float32)  # rounded weights would scale what tokens share
+        if weight is None:
+            return (x.sum(4, dtype=accurate) / number).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            total = torch.einsum("bgnrcd,gcde->bgnre", x.to(accurate), weight.to(accurate))
+        return (total * x.shape[4] / number).to(x.dtype)
 
 
 @dataclass(frozen=True)

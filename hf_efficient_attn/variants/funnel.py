@@ -70,8 +70,10 @@ class FunnelAttention(EfficientAttention):
     def _encoder(self, query, key, value, lengths: Tensor | None, state: None, **options) -> Tensor:
         p, n = self.config.pooling, query.shape[2]
         starts = torch.arange(0, n, p, device=query.device)
-        size = (column(n if lengths is None else lengths) - starts).clamp(1, p).to(query.dtype)
-        pooled = shift(query, 0, len(starts) * p).unflatten(2, (-1, p)).sum(3) / size.view(-1, 1, len(starts), 1)
+        size = (column(n if lengths is None else lengths) - starts).clamp(1, p).view(-1, 1, len(starts), 1)
+        total = shift(query, 0, len(starts) * p).unflatten(2, (-1, p))
+        total = total.sum(3, dtype=torch.promote_types(query.dtype, torch.float32))
+        pooled = (total / size).to(query.dtype)
         output = exact_attention(pooled, key, value, lengths=lengths, causal=False, **options)
         return output.repeat_interleave(p, 2)[:, :, :n]
 
