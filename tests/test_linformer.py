@@ -148,3 +148,14 @@ def test_the_window_alone_is_a_decoder_s_exact_part():
     args = inputs(17)  # the third segment is the first that sees slots
     assert (run(window, args) - run(module, args))[:, :, :16].abs().max() < 1e-10
     assert (run(window, args) - run(module, args))[:, :, 16].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sharing", ["none", "headwise"])
+def test_slots_are_rounded_once(sharing, dtype):
+    """Of keys that share a large part, as where a model gives them a bias; parameters in float32, as under autocast."""
+    module, g = make(sharing, True, segment_size=9, rank=3, max_length=9).float(), torch.Generator().manual_seed(0)
+    key, real = torch.randn(2, 2, 3, 9, 8, generator=g).add(700).to(dtype), torch.rand(2, 3, 9, generator=g) < 0.7
+    for given in (real, None):
+        got, want = (module.summarise(x, x, given)[0] for x in (key, key.float()))
+        torch.testing.assert_close(got, want.to(dtype), rtol=torch.finfo(dtype).eps / 2, atol=0)

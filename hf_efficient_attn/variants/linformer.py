@@ -195,17 +195,18 @@ class LinformerAttention(EfficientAttention):
         matrix (G or 1, r, c), its first columns over tokens x (B, G, n, c', D) -> (B, G, n, r, D). Where real (B or 1, n,
         c') is given, x is zero where it is False, and slots are scaled to the whole weight of their row.
         """
-        columns = matrix[:, :, : x.shape[3]].to(x)
-        if len(matrix) == 1:
-            slots = torch.einsum("rc,bgncd->bgnrd", columns[0], x)
-        else:
-            slots = torch.einsum("grc,bgncd->bgnrd", columns, x)
-        if real is None:
-            return slots
-        weight = matrix.to(x.device, torch.promote_types(x.dtype, torch.float32)).abs()
-        mass = _mass(weight, real)
-        scale = weight.sum(2)[:, None] / mass.masked_fill(mass == 0, 1)
-        return slots * scale[..., None].to(x)
+        accurate = torch.promote_types(x.dtype, torch.float32)  # rounded weights would scale what tokens share
+        matrix = matrix.to(x.device, accurate)
+        with torch.autocast(x.device.type, enabled=False):
+            if len(matrix) == 1:
+                slots = torch.einsum("rc,bgncd->bgnrd", matrix[0, :, : x.shape[3]], x.to(accurate))
+            else:
+                slots = torch.einsum("grc,bgncd->bgnrd", matrix[:, :, : x.shape[3]], x.to(accurate))
+            if real is not None:
+                weight = matrix.abs()
+                mass = _mass(weight, real)
+                slots = slots * (weight.sum(2)[:, None] / mass.masked_fill(mass == 0, 1))[..., None]
+        return slots.to(x.dtype)
 
 
 def _mass(weight: Tensor, real: Tensor) -> Tensor:
