@@ -73,3 +73,16 @@ def test_a_tile_that_is_cut_short_and_a_window_longer_than_a_tile():
         full = run(module, args)
         torch.testing.assert_close(decode(module, args, (length - 50, 1, 49)), full, atol=1e-12, rtol=0)
         assert (run(make(True, window=window + 1, num_sinks=5), args) - full).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_closed_gate_has_a_gradient_of_zero(causal):
+    """One that is 0 in float32: what is far alone is read."""
+    module = make(causal, window=4).float()
+    with torch.no_grad():
+        module.gate.fill_(-200.0)
+    args = [x.float().requires_grad_() for x in inputs(40)]
+    output = run(module, args)
+    grads = torch.autograd.grad(output[:, :, 20:].square().sum(), [*args, *module.parameters()])
+    assert all(torch.isfinite(x).all() for x in (output, *grads))
+    assert dict(zip((n for n, _ in module.named_parameters()), grads[3:], strict=True))["gate"].tolist() == [0.0] * 4

@@ -118,10 +118,12 @@ class _Hybrid(torch.autograd.Function):
             of_numerator = torch.div(grad[:, :, queries], normaliser[:, :, queries, None], out=slope[..., :-1])
             slope[..., -1] = (of_numerator * output[:, :, queries]).sum(-1).neg_()
             slope[..., -1].masked_fill_(normaliser[:, :, queries] <= FLOOR, 0)
-            gated = _by_group(blocks.arrange(slope * gate[:, None, None]), groups)
-            of_logits = torch.bmm(gated, near.value.mT).mul_(near.weights)
+            given = _by_group(blocks.arrange(slope), groups)
+            gates = _by_group(gate[:, None, None].expand(blocks.batch * blocks.count, -1, tile, 1), groups)
+            of_logits = torch.bmm(given, near.value.mT).mul_(near.weights)
             of_weights = of_logits.sum(-1, keepdim=True)
-            of_gate += near.by_token(of_weights, len(gate)).sum((0, 2, 3)).div_(gate)
+            of_gate += near.by_token(of_weights, len(gate)).sum((0, 2, 3))
+            gated, of_logits, of_weights = given * gates, of_logits.mul_(gates), of_weights.mul_(gates)
             of_logits.scatter_add_(-1, near.weights.argmax(-1, keepdim=True), -of_weights)  # c, subtracted everywhere
             of_query[:, :, queries] = near.by_token(torch.bmm(of_logits, near.key), len(gate)).mul_(scaling)
             dk, dv = torch.bmm(of_logits.mT, near.query), torch.bmm(near.weights.mT, gated)[..., :-1]
