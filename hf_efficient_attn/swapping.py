@@ -88,18 +88,20 @@ def make_config(choice: Choice, hyper: Mapping[str, Any] | None = None) -> Varia
     """A config from a registry name and hyper-parameters, from a config, or from its dict."""
     hyper = dict(hyper or {})
     if isinstance(choice, str):
-        return get_config_class(choice).from_kwargs(**hyper)
-    if isinstance(choice, Mapping):
-        return config_from_dict({**choice, **hyper})
-    if isinstance(choice, VariantConfig):
-        if hyper:
-            raise ValueError(
-                f"hyper-parameters {sorted(hyper)} beside a ready {type(choice).__name__}: put them into the config."
-            )
-        return choice
-    raise ValueError(
-        f"a variant is given by name, config or dict, not by {type(choice).__name__}; see available_variants()."
-    )
+        config = get_config_class(choice).from_kwargs(**hyper)
+    elif isinstance(choice, Mapping):
+        config = config_from_dict({**choice, **hyper})
+    elif not isinstance(choice, VariantConfig):
+        raise ValueError(
+            f"a variant is given by name, config or dict, not by {type(choice).__name__}; see available_variants()."
+        )
+    elif hyper:
+        raise ValueError(
+            f"hyper-parameters {sorted(hyper)} beside a ready {type(choice).__name__}: put them into the config."
+        )
+    else:
+        config = choice
+    return replace(copy.deepcopy(config))  # the model's own, checked as it is now
 
 
 def plan(model: PreTrainedModel, choices: Mapping[Any, Choice | list[Choice]]) -> tuple[list[Swap], dict[str, Any]]:

@@ -435,6 +435,16 @@ def test_two_models_that_share_a_config():
     assert torch.equal(output(teacher, inputs), dense)
 
 
+def test_a_config_that_changes_after_the_patch():
+    config, dilation = hea.SlidingWindowConfig(window=4), [1, 2]
+    model = patch_model(ZOO["llama"].build(), {0: config, 1: {"variant": "sliding_window", "dilation": dilation}})
+    config.window, dilation[1] = 2, 3
+    assert [row.hyper_parameters["window"] for row in describe(model)] == [4, 256]
+    assert describe(model)[1].hyper_parameters["dilation"] == [1, 2]
+    config.window = 0
+    refuses(ZOO["llama"].build(), "SlidingWindowConfig.window = 0: must be at least 1", config)
+
+
 def test_eager_stays_eager_beside_a_patched_layer():
     inputs = ZOO["bert"].inputs(pad="right")
     model = ZOO["bert"].build(attn_implementation="eager")
