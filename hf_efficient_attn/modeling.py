@@ -187,8 +187,9 @@ def declare_ties(model: PreTrainedModel) -> None:
         if f".{CHILD}." in name and first.setdefault(parameter, name) != name:
             owner, _, leaf = name.rpartition(".")
             vars(model.get_submodule(owner)).setdefault("_tied_weights_keys", {})[leaf] = first[parameter]
-    others = {name: key for name, key in model.all_tied_weights_keys.items() if f".{CHILD}." not in name}
-    model.all_tied_weights_keys = others | tied_names(model)
+    if hasattr(model, "all_tied_weights_keys"):  # from post_init, which models of a user's own may not call
+        others = {name: key for name, key in model.all_tied_weights_keys.items() if f".{CHILD}." not in name}
+        model.all_tied_weights_keys = others | tied_names(model)
 
 
 def declared_ties(model: nn.Module) -> dict[str, str]:

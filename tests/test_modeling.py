@@ -23,8 +23,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertConfig,
     BertTokenizer,
     EncoderDecoderModel,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
@@ -493,6 +495,30 @@ def test_model_of_a_class_outside_transformers_runs_but_is_not_saved(tmp_path: P
     assert type(model) is HomeMadeBert
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+
+
+class HomeMadeClassifier(PreTrainedModel):
+    """A class around one of Transformers, whose `__init__` leaves out `post_init`."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.bert(**inputs)
+
+
+def test_model_of_a_class_that_does_not_finish_its_init():
+    model = HomeMadeClassifier(ZOO["bert"].config()).eval()
+    inputs = ZOO["bert"].inputs()
+    dense, attributes = output(model, inputs), sorted(vars(model))
+    patch_model(model, "linformer", sharing="layerwise", rank=4)
+    assert not torch.equal(output(model, inputs), dense)
+    unpatch_model(model)
+    assert torch.equal(output(model, inputs), dense)
+    assert sorted(vars(model)) == attributes
 
 
 def test_tokenizer_saved_beside_the_model_loads(tmp_path: Path):
