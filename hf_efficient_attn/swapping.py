@@ -113,10 +113,6 @@ def plan(model: PreTrainedModel, choices: Mapping[Any, Choice | list[Choice]]) -
         ValueError: anything that cannot be served, before the model is changed.
     """
     attention = {host.shape.layer: host for host in find_hosts(model)}
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{type(model).__name__} does not dispatch its attention through AttentionInterface and would stay dense."
-        )
     hosts: dict[str, Mapping[int, Host | FeedForward]] = {"attention": attention}
     chosen: dict[tuple[str, int], VariantConfig] = {}
     entries: list[tuple[list[int], VariantConfig]] = []
@@ -290,9 +286,12 @@ def _dispatch(model: PreTrainedModel, outer: nn.Module) -> None:
     previous = {name: module.config._attn_implementation for name, module in modules.items()}
     parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
     of_parts = {name: part.config._attn_implementation for name, part in parts.items()}
-    model.set_attn_implementation(NAME)
+    able = model._can_set_attn_implementation()  # not where the source of its class cannot be read, as in a notebook
+    if able:
+        model.set_attn_implementation(NAME)
     for part in parts.values():  # Transformers 5.17 passes over copies of the model's config and marks others
-        if type(part.config) is type(model.config) and part.config._attn_implementation != NAME:
+        left = type(part.config) is type(model.config) or not able
+        if left and part.config._attn_implementation != NAME and part._can_set_attn_implementation():
             part.set_attn_implementation(NAME)
         vars(part.config).pop("_attn_was_changed", None)
     stayed = [name for name, module in modules.items() if module.config._attn_implementation != NAME]

@@ -521,6 +521,20 @@ def test_model_of_a_class_that_does_not_finish_its_init():
     assert sorted(vars(model)) == attributes
 
 
+def test_model_of_a_class_from_a_notebook(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Transformers, which cannot read the source of such a class, sets no attention implementation for it."""
+    monkeypatch.setattr(HomeMadeClassifier, "__module__", "notebook")
+    monkeypatch.setattr(HomeMadeClassifier, "_can_set_attn_implementation_cached_value", None, raising=False)
+    model = HomeMadeClassifier(ZOO["bert"].config()).eval()
+    inputs = ZOO["bert"].inputs()
+    dense = output(model, inputs)
+    patch_model(model, "sliding_window", window=2)
+    assert not torch.equal(output(model, inputs), dense)
+    assert not caplog.records
+    unpatch_model(model)
+    assert torch.equal(output(model, inputs), dense)
+
+
 def test_tokenizer_saved_beside_the_model_loads(tmp_path: Path):
     model = patch_model(ZOO["bert"].build(), "linformer")
     words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]
