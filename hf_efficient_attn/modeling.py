@@ -27,14 +27,30 @@ from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .hosts import cache_argument, names_in
 from .registry import get_info
-from .swapping import LOADING, as_list, exchange_maps, is_patched, loading, plan, revert_layers, saved_form, swap_layers
+from .swapping import (
+    LOADING,
+    as_list,
+    exchange_maps,
+    is_patched,
+    layer_names,
+    loading,
+    parse_layers,
+    plan,
+    revert_layers,
+    saved_form,
+    swap_layers,
+)
 
 PREFIX = "efficient_"
 FIELD = "efficient_attention"
+NAMES = "efficient_attention_layers"
 
 
 class EfficientConfigMixin:
-    """A config that carries the variants: `efficient_attention`, a mapping layers -> variant as `patch_model` takes it."""
+    """
+    A config that carries the variants: `efficient_attention`, a mapping layers -> variant as `patch_model` takes it, and
+    `efficient_attention_layers`, what all attention layers are called in the model that was patched.
+    """
 
     dense_class: type[PreTrainedConfig]
 
@@ -85,12 +101,27 @@ class EfficientModelMixin(TyingMixin, StateMixin):
         choices = getattr(config, FIELD, None)
         if not isinstance(choices, Mapping) or not choices:
             raise ValueError(f"{type(config).__name__}.{FIELD} must map layers to variants, got {choices!r}.")
+        if self.dense_class.config_class in config.sub_configs.values():
+            raise _other_layers(self, f"it reads a part of {type(config).dense_class.__name__}")
         if config._attn_implementation == NAME:  # the config of a model that is patched already
             config = copy.deepcopy(config)
             config._attn_implementation = None
         super().__init__(config, *args, **kwargs)
         if not is_patched(self):
+            self._check_layers(choices, getattr(config, NAMES, None))
             install(self, choices)
+
+    def _check_layers(self, choices: Mapping[Any, Any], names: Mapping[str, str] | None) -> None:
+        """Raises ValueError where a number means another layer than in the model that was patched, of those `names`."""
+        if names is None:
+            return
+        known, own = (_numbered(table) for table in (names, layer_names(self)))
+        for layer in (number for layers in choices for number in parse_layers(layers, len(known))):
+            there, here = known[layer], own.get(layer, "missing")
+            less, more = sorted((there.split("."), here.split(".")), key=len)
+            rest = iter(more)
+            if not all(part in rest for part in less):  # in this order, as around a base model stand others
+                raise _other_layers(self, f"layer {layer} is {here}, not {there}")
 
     def _init_weights(self, module: nn.Module) -> None:
         """
@@ -127,6 +158,17 @@ class EfficientModelMixin(TyingMixin, StateMixin):
             if keys:
                 raise _misfit(pretrained_model_name_or_path, kind, keys)
         return (model, info) if wanted else model
+
+
+def _other_layers(model: PreTrainedModel, why: str) -> ValueError:
+    return ValueError(
+        f"{model.dense_class.__name__} has other attention layers than the model that was patched ({why}), so its variants "
+        "cannot be put in place. Load the checkpoint by the Auto class that it was saved by."
+    )
+
+
+def _numbered(names: Mapping[str, str]) -> dict[int, str]:
+    return {number: name for layers, name in names.items() for number in parse_layers(layers, sys.maxsize)}
 
 
 _FAULTS = ("missing_keys", "mismatched_keys", "unexpected_keys")
@@ -236,6 +278,7 @@ def adopt(model: PreTrainedModel, choices: Mapping[Any, Any], outer: nn.Module |
     if model_class:
         model.config.__class__ = patched_class.config_class
         setattr(model.config, FIELD, mapping)
+        setattr(model.config, NAMES, layer_names(model))
 
 
 def release(model: PreTrainedModel, kind: str | None = None) -> None:
@@ -259,7 +302,8 @@ def release(model: PreTrainedModel, kind: str | None = None) -> None:
         return
     for part in _models(model):  # also those that were patched before they became part of the model
         if isinstance(part.config, EfficientConfigMixin):
-            part.config.__dict__.pop(FIELD, None)
+            for name in (FIELD, NAMES):
+                part.config.__dict__.pop(name, None)
             part.config.__class__ = part.config.dense_class
         if isinstance(part, (EfficientModelMixin, ForeignModelMixin)):
             part.__class__ = part.dense_class
@@ -315,8 +359,9 @@ def efficient_config_class(dense_class: type[PreTrainedConfig]) -> type[PreTrain
         {
             "__module__": __name__,
             "__doc__": f"{dense_class.__name__} of a model whose attention is patched; see `{FIELD}`.",
-            "__annotations__": {FIELD: dict | None},
+            "__annotations__": {FIELD: dict | None, NAMES: dict | None},
             FIELD: None,
+            NAMES: None,
             "model_type": PREFIX + dense_class.model_type,
             "dense_class": dense_class,
         },

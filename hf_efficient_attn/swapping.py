@@ -160,6 +160,14 @@ def saved_form(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
+def layer_names(model: nn.Module) -> dict[str, str]:
+    """Numbers of attention layers -> their dotted name in the model, with * for a number in it."""
+    layers: dict[str, list[int]] = {}
+    for host in find_hosts(model):
+        layers.setdefault(re.sub(r"\.\d+(?=\.)", ".*", host.name), []).append(host.shape.layer)
+    return {_spell(numbers): name for name, numbers in layers.items()}
+
+
 def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 

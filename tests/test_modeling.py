@@ -34,7 +34,9 @@ from zoo import END, TASKS, USUAL_TASK, ZOO, Tiny
 
 import hf_efficient_attn as hea
 from hf_efficient_attn import HostShape, patch_model, unpatch_model
+from hf_efficient_attn.modeling import efficient_config_class
 from hf_efficient_attn.registry import build, get_config_class
+from hf_efficient_attn.swapping import parse_layers
 
 HEADS = {
     "bert": (
@@ -476,6 +478,22 @@ def test_layers_that_the_config_lacks_raise(tmp_path: Path):
     edit_config(directory, shift)
     with pytest.raises(ValueError, match="layer 2 does not exist"):
         AutoModelForMaskedLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(("layers", "why"), [("0-1", "layer 0 is model.decoder"), ("2-3", "layer 2 is missing")])
+def test_a_class_that_numbers_its_layers_otherwise_raises(layers: str, why: str, tmp_path: Path):
+    """BART's decoder alone: its first layers are not those of the encoder that was patched."""
+    patch_model(ZOO["bart"].build(), "sliding_window", window=2, layers=layers).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"BartForCausalLM has other attention layers than the model .*{why}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert [row.layer for row in hea.describe(loaded) if row.variant] == parse_layers(layers, 4)
+
+
+def test_a_class_that_reads_a_part_of_the_config_raises():
+    config = efficient_config_class(transformers.Llama4Config)(efficient_attention={"0": {"variant": "block"}})
+    with pytest.raises(ValueError, match=r"Llama4ForCausalLM has other .* .it reads a part of Llama4Config"):
+        AutoModelForCausalLM.from_config(config)
 
 
 class HomeMadeBert(BertModel):
