@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
-from collections.abc import Mapping
-from functools import cache
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -346,8 +347,21 @@ def add_auxiliary_loss(model: PreTrainedModel, args: tuple, kwargs: dict, output
 
 
 _CONFIG_CLASSES: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+_MAKING = threading.RLock()
 
 
+def _one_at_a_time(function: Callable) -> Callable:
+    """A thread that asks for classes that another one makes waits until all of them are registered."""
+
+    @wraps(function)
+    def waiting(*args: Any) -> Any:
+        with _MAKING:
+            return function(*args)
+
+    return waiting
+
+
+@_one_at_a_time
 def efficient_config_class(dense_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """`EfficientBertConfig` of `BertConfig`, registered with `AutoConfig`."""
     if dense_class in _CONFIG_CLASSES:
@@ -368,15 +382,16 @@ def efficient_config_class(dense_class: type[PreTrainedConfig]) -> type[PreTrain
     )
     setattr(sys.modules[__name__], name, cls)
     _CONFIG_CLASSES[dense_class] = cls  # before the models, which ask for it
-    AutoConfig.register(cls.model_type, cls, exist_ok=True)
     _register_models(dense_class, cls)
     _share_tables(dense_class.model_type, cls.model_type)
+    AutoConfig.register(cls.model_type, cls, exist_ok=True)  # last, as its table is read without waiting
     return cls
 
 
 _MODEL_CLASSES: dict[tuple[type[PreTrainedModel], type[PreTrainedConfig]], type[PreTrainedModel]] = {}
 
 
+@_one_at_a_time
 def efficient_model_class(
     dense_class: type[PreTrainedModel], dense_config: type[PreTrainedConfig] | None = None
 ) -> type[PreTrainedModel]:

@@ -7,6 +7,8 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.bert.modeling_bert import BertModel, BertSelfAttention
 from zoo import END, TASKS, USUAL_TASK, ZOO, Tiny
 
 import hf_efficient_attn as hea
-from hf_efficient_attn import HostShape, patch_model, unpatch_model
+from hf_efficient_attn import HostShape, modeling, patch_model, unpatch_model
 from hf_efficient_attn.modeling import efficient_config_class
 from hf_efficient_attn.registry import build, get_config_class
 from hf_efficient_attn.swapping import parse_layers
@@ -623,6 +626,24 @@ def test_pickled_into_another_process(tmp_path: Path):
     name, result = torch.load(tmp_path / "out.pt")
     assert name == "EfficientLlamaForCausalLM"
     assert torch.equal(result, output(model, inputs))
+
+
+def test_classes_are_complete_when_a_second_thread_asks_for_them(monkeypatch: pytest.MonkeyPatch):
+    begun, register = threading.Event(), modeling._register_models
+
+    def slowly(*args: Any) -> None:
+        begun.set()
+        time.sleep(0.3)
+        register(*args)
+
+    monkeypatch.setattr(modeling, "_register_models", slowly)
+    first = threading.Thread(target=lambda: CONFIG_MAPPING["efficient_xglm"])
+    first.start()
+    assert begun.wait(60)
+    config = CONFIG_MAPPING["efficient_xglm"]
+    assert config in AutoModelForCausalLM._model_mapping
+    assert efficient_config_class(transformers.XGLMConfig) is config
+    first.join()
 
 
 def test_hosts_stay_instances_of_their_own_class():
