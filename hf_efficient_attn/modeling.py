@@ -124,6 +124,11 @@ class EfficientModelMixin(TyingMixin, StateMixin):
             if not all(part in rest for part in less):  # in this order, as around a base model stand others
                 raise _other_layers(self, f"layer {layer} is {here}, not {there}")
 
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """As Transformers' own, which writes its keywords into the config: that of a patched model stays as it is."""
+        return super()._from_config(copy.deepcopy(config), **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """
         While a model around this one is loaded or built, Transformers gives first values to what has none, this model last.

@@ -325,6 +325,16 @@ def test_model_built_from_the_config_of_a_patched_one():
         assert twin.config._attn_implementation == "sdpa"
 
 
+def test_a_twin_that_asks_for_another_attention_leaves_the_model_as_it_is():
+    model, inputs = patch_model(ZOO["bert"].build(), "sliding_window", window=2), ZOO["bert"].inputs()
+    expected = output(model, inputs)
+    twin = AutoModelForMaskedLM.from_config(model.config, attn_implementation="eager", dtype=torch.float64)
+    assert (twin.dtype, model.config.dtype) == (torch.float64, None)
+    assert torch.equal(output(model, inputs), expected)
+    unpatch_model(twin)
+    assert twin.config._attn_implementation == "eager"
+
+
 def test_saved_patched_unpatched_and_patched_differently(tmp_path: Path):
     """One model object saved in three states; each directory loads as what it was at that time."""
     tiny, inputs = ZOO["bert"], ZOO["bert"].inputs()
