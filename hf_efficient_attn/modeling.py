@@ -72,6 +72,13 @@ class StateMixin:
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: it would set an attention implementation of its own."""
+        raise ValueError(
+            f"{self.dense_class.__name__} is patched, and continuous batching (generate_batch) keeps keys in pages that no "
+            "variant reads. Call generate(), or unpatch_model(model) first."
+        )
+
 
 class TyingMixin:
     """A patched model keeps one parameter where its layers share one, as a language model does with its embeddings."""

@@ -290,3 +290,10 @@ def test_a_cache_of_a_call_that_failed_is_refused():
     cache.reset()
     again = model(tokens, past_key_values=cache).logits
     assert torch.equal(again, model(tokens, use_cache=False).logits)
+
+
+def test_continuous_batching_is_refused_at_once():
+    model = patched_decoder("llama")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is patched, and continuous batching .* in pages"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)
+    assert generated(model, ZOO["llama"].inputs()).shape == (2, 10)
