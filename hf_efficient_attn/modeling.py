@@ -490,12 +490,15 @@ def _share_tables(dense_type: str, efficient_type: str) -> None:
     conversion = get_checkpoint_conversion_mapping(dense_type)
     if conversion is not None:
         register_checkpoint_conversion_mapping(efficient_type, conversion, overwrite=True)
-    if importlib.util.find_spec("peft") is not None:
+    if importlib.util.find_spec("peft") is None:
+        return
+    try:
         from peft.utils import constants
-
-        for name, table in vars(constants).items():
-            if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and dense_type in table:
-                table[efficient_type] = table[dense_type]
+    except Exception:  # not made for this Transformers, as it tells whoever uses it
+        return
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and dense_type in table:
+            table[efficient_type] = table[dense_type]
 
 
 class _MadeOnDemand(dict):

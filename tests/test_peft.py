@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,21 @@ def test_default_targets_are_those_of_the_dense_type(name: str):
     adapted = [n for n, _ in dense.named_parameters() if "lora" in n]
     assert adapted
     assert adapted == [n for n, _ in patched.named_parameters() if "lora" in n]
+
+
+def test_a_peft_that_does_not_import_is_passed_over(tmp_path: Path):
+    """One that is too old for the installed Transformers, in a process that never asks for it."""
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("from transformers import HybridCacheOfTransformers4")
+    code = (
+        "from transformers import BertConfig, BertModel; from hf_efficient_attn import patch_model; "
+        "print(type(patch_model(BertModel(BertConfig(hidden_size=32, num_attention_heads=2)), 'block')).__name__)"
+    )
+    found = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": found}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "EfficientBertModel", done.stderr[-2000:]
 
 
 def test_new_parameters_beside_lora(tmp_path: Path):
