@@ -39,7 +39,7 @@ from .ops.rows import Texts
 from .patching import STRATEGIES, as_key, patched
 from .recovery import patched_layers
 from .registry import available_variants, build, get_info
-from .swapping import Layers, make_config, parse_layers, plan
+from .swapping import Layers, make_config, parse_layers, placing, plan
 from .variant import EfficientAttention, HostShape
 from .variants.combined import CombinedConfig
 from .variants.flash import FlashConfig
@@ -366,11 +366,8 @@ def _calibrate(
             for parameter in wanted:
                 parameter.requires_grad_(False)
             for number, name, exact in patched_layers(model):
-                weight = next(base_model(model).get_submodule(name).parameters())
-                modules = {
-                    label: build(config, exact.host).to(device=weight.device, dtype=weight.dtype).eval()
-                    for label, config in table.items()
-                }
+                place = placing(list(base_model(model).get_submodule(name).parameters()), base_model(model))
+                modules = {label: build(config, exact.host).to(**place).eval() for label, config in table.items()}
                 exact.needs_hidden = any(module.needs_hidden for module in modules.values())
                 heads = exact.host.num_kv_heads if per_head else None
                 trials.append(_Trial(number, modules, heads, loss_of, 1 / len(batches)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import VariantConfig
@@ -197,12 +197,16 @@ def _build(model: PreTrainedModel, config: VariantConfig, host: Host | FeedForwa
                 f"{layer} is offloaded. Patch the model on one device and save it; the patched checkpoint can be loaded with a "
                 "device_map."
             )
-        dtype = next((x.dtype for x in weights if x.dtype in FLOATS), model.dtype)  # quantised layers may have none
-        device = next((x.device for x in weights if x.device.type == "meta"), weights[0].device)
-        variant = variant.to(device=device, dtype=dtype)
+        variant = variant.to(**placing(weights, model))
     if isinstance(host, FeedForward):
         variant.take_over(host.maps)
     return variant.train(host.module.training)
+
+
+def placing(weights: Sequence[Tensor], model: PreTrainedModel) -> dict[str, Any]:
+    """Device and dtype of what is added to a layer of these weights; quantised layers may have no float."""
+    dtype = next((x.dtype for x in weights if x.dtype in FLOATS), model.dtype)
+    return {"device": next((x.device for x in weights if x.device.type == "meta"), weights[0].device), "dtype": dtype}
 
 
 def _spell(numbers: list[int]) -> str:

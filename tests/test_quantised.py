@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from test_modeling import output
 from zoo import TASKS, USUAL_TASK, ZOO
 
-from hf_efficient_attn import available_variants, patch_model, unpatch_model
+from hf_efficient_attn import available_variants, patch_model, select_variants, unpatch_model
 from hf_efficient_attn.registry import get_config_class
 
 pytest.importorskip("bitsandbytes")
@@ -126,3 +126,15 @@ def test_a_patched_part_of_a_model_that_is_loaded_quantised(tmp_path: Path):
         exact, found = model(**given).logits, loaded(**given).logits
         plain = unpatch_model(model.decoder) and model(**given).logits
     assert (found - exact).norm() < 0.6 * (found - plain).norm()
+
+
+def test_variants_are_selected_for_a_quantised_model(tmp_path: Path):
+    """Of eight bits: on a CPU bitsandbytes has no gradients through four."""
+    model = load("llama", dense("llama", tmp_path), 8, dtype=torch.float32)
+    found = select_variants(
+        model,
+        [{"input_ids": ZOO["llama"].inputs(length=24)["input_ids"]}],
+        candidates=["linformer"],
+        budget={"max_loss": 100.0, "cost": "state"},
+    )
+    assert {score.layer for score in found.scores} == {0, 1}
