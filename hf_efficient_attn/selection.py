@@ -188,7 +188,7 @@ def select_variants(
         ValueError: no data or no candidate, a loss that is not finite, a candidate that cannot serve the model, decoder
             state as the cost of an encoder, or a budget that nothing meets, with the nearest that exists.
     """
-    budget = Budget.of(budget)
+    budget, layers = Budget.of(budget), as_key(layers)
     batches = [] if isinstance(data, Mapping) else list(data)
     if not batches:
         raise ValueError("select_variants needs text: `data` must be a list of batches, and has none.")

@@ -182,7 +182,7 @@ def test_the_short_form(monkeypatch) -> None:
     chosen = [row.variant for row in describe(model)]
     assert any(name == "sliding_window" or name == "block" for name in chosen)
     unpatch_model(model)
-    patch_model(model, "auto", data=batches, budget=budget, candidates=CANDIDATES, layers=[1])
+    patch_model(model, "auto", data=batches, budget=budget, candidates=CANDIDATES, layers=iter([1]))
     assert describe(model)[0].variant is None and describe(model)[1].variant is not None
     unpatch_model(model)
     patch_model(model, "auto", data=batches, budget={"max_cost": 0.9, "cost": "flops"}, per_head=True)
