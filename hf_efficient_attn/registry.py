@@ -51,7 +51,8 @@ def register_variant(
     Class decorator for an `EfficientAttention` (or `EfficientFeedForward`) whose `config_class` holds its hyper-parameters.
 
     Raises:
-        ValueError: the name is taken or not a lower-case identifier, or the family is not one of `FAMILIES`.
+        ValueError: the name is taken or not a lower-case identifier, the family is not one of `FAMILIES`, or the config class
+            is another variant's.
         TypeError: the class or its config class has the wrong base.
     """
     if not name.isidentifier() or name != name.lower():
@@ -67,6 +68,12 @@ def register_variant(
             raise TypeError(f"{module_class.__name__} must derive from EfficientAttention or EfficientFeedForward.")
         if not (isinstance(config_class, type) and issubclass(config_class, VariantConfig)):
             raise TypeError(f"{module_class.__name__}.config_class must derive from VariantConfig.")
+        taken = next((info.name for info in _REGISTRY.values() if info.config_class is config_class), None)
+        if taken is not None:  # which would be built as this one
+            raise ValueError(
+                f"variant {name!r}: {config_class.__name__} is the config of {taken!r}; give {module_class.__name__} a "
+                "`config_class` of its own, which may derive from it."
+            )
         config_class.name = name
         _REGISTRY[name] = VariantInfo(name, family, summary, paper, config_class, module_class, also)
         return module_class

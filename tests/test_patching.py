@@ -29,6 +29,7 @@ from zoo import ZOO
 
 import hf_efficient_attn as hea
 from hf_efficient_attn import available_variants, describe, patch_model, patched, unpatch_model
+from hf_efficient_attn.registry import get_info
 from hf_efficient_attn.swapping import is_patched
 
 DECODERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2_nocap", "phi3")
@@ -82,6 +83,21 @@ def test_kinds_of_variants():
     assert {*available_variants("attention"), *available_variants("feed-forward")} == set(available_variants())
     with pytest.raises(ValueError, match="kind 'attn': choose 'attention' or 'feed-forward'"):
         available_variants("attn")
+
+
+def test_a_variant_registered_with_the_config_of_another():
+    """Whose name it would take, so that the other would be built as this one."""
+
+    class Mine(get_info("block").module_class):
+        pass
+
+    register = hea.register_variant("mine", family="fixed patterns", summary="a toy", paper="none")
+    with pytest.raises(
+        ValueError, match=r"'mine': BlockConfig is the config of 'block'; give Mine a `config_class` of"
+    ):
+        register(Mine)
+    assert "mine" not in available_variants()
+    assert hea.BlockConfig.name == "block"
 
 
 def test_unknown_variant_names_the_nearest():
