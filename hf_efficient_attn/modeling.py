@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .auxiliary import auxiliary_loss
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
-from .hosts import cache_argument, names_in
+from .hosts import cache_argument, find_hosts, names_in
 from .registry import get_info
 from .swapping import (
     LOADING,
@@ -124,12 +124,36 @@ class EfficientModelMixin(TyingMixin, StateMixin):
         if names is None:
             return
         known, own = (_numbered(table) for table in (names, layer_names(self)))
-        for layer in (number for layers in choices for number in parse_layers(layers, len(known))):
-            there, here = known[layer], own.get(layer, "missing")
-            less, more = sorted((there.split("."), here.split(".")), key=len)
+        chosen = {number for layers in choices for number in parse_layers(layers, len(known))}
+        for layer in sorted(chosen & own.keys()):  # `plan` refuses what is missing
+            less, more = sorted((known[layer].split("."), own[layer].split(".")), key=len)
             rest = iter(more)
             if not all(part in rest for part in less):  # in this order, as around a base model stand others
-                raise _other_layers(self, f"layer {layer} is {here}, not {there}")
+                raise _other_layers(self, f"layer {layer} is {own[layer]}, not {known[layer]}")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """
+        As Transformers' own.
+
+        Raises:
+            ValueError: layers were taken out or put in after the patch, so that its mapping names others.
+        """
+        hosts = find_hosts(self)
+        entries = ((layers, c) for layers, value in getattr(self.config, FIELD).items() for c in as_list(value))
+        named = [layers for layers, c in entries if get_info(c["variant"]).kind == "attention"]
+        patched = {host.shape.layer for host in hosts if isinstance(host.module, PatchedForward)}
+        try:
+            fits = patched == {number for layers in named for number in parse_layers(layers, len(hosts))}
+        except ValueError:  # one that does not exist
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"the model has {len(hosts)} layers, of which {sorted(patched)} are patched, but config.{FIELD} names "
+                f"{', '.join(map(str, named))}: layers were taken out or put in after the patch. Write into it what the model "
+                "has, or change the layers of the model before it is patched."
+            )
+        setattr(self.config, NAMES, layer_names(self))
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:

@@ -493,11 +493,30 @@ def test_layers_that_the_config_lacks_raise(tmp_path: Path):
         AutoModelForMaskedLM.from_pretrained(directory)
 
 
-@pytest.mark.parametrize(("layers", "why"), [("0-1", "layer 0 is model.decoder"), ("2-3", "layer 2 is missing")])
+def test_layers_taken_out_after_the_patch(tmp_path: Path):
+    model = ZOO["llama"].build(num_hidden_layers=3)
+    patch_model(model, "sliding_window", window=2, layers="0-1")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[1:], 2
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    with pytest.raises(
+        ValueError, match=r"has 2 layers, of which \[0\] are patched, but .*names 0-1: layers were taken out"
+    ):
+        model.save_pretrained(tmp_path)
+    model.config.efficient_attention = {"0": model.config.efficient_attention["0-1"]}
+    model.save_pretrained(tmp_path)
+    inputs = ZOO["llama"].inputs()
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [("0-1", r"BartForCausalLM has other .* .layer 0 is model.decoder"), ("2-3", "layer 2 does not exist")],
+)
 def test_a_class_that_numbers_its_layers_otherwise_raises(layers: str, why: str, tmp_path: Path):
     """BART's decoder alone: its first layers are not those of the encoder that was patched."""
     patch_model(ZOO["bart"].build(), "sliding_window", window=2, layers=layers).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"BartForCausalLM has other attention layers than the model .*{why}"):
+    with pytest.raises(ValueError, match=why):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert [row.layer for row in hea.describe(loaded) if row.variant] == parse_layers(layers, 4)
