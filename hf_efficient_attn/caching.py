@@ -10,6 +10,7 @@ Positions count real tokens, per row. A position or count is an int while all ro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,13 @@ class Node:
 
     def __init__(self) -> None:
         self.entries: dict[str, Tensor | int | Node | None] = {}
+
+    def __copy__(self) -> Node:
+        """A tree of its own that shares the tensors, as with Transformers' own cache layers."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        twin.entries = {name: copy.copy(e) if isinstance(e, Node) else e for name, e in self.entries.items()}
+        return twin
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor of the tree by function(tensor)."""
@@ -143,6 +151,11 @@ class TokenStore(Node):
         super().__init__()
         self.entries = {"key": None, "value": None, "first": 0, "count": 0}
         self.rooms: dict[str, Room] = {}  # of an entry that is the room's view, and of no other
+
+    def __copy__(self) -> Node:
+        twin = super().__copy__()
+        twin.rooms = {}
+        return twin
 
     @property
     def count(self) -> Count:
@@ -281,6 +294,11 @@ class AttentionState(Node, CacheLayerMixin):
         self.record_past = False
         self.records: list[dict] = []  # of each call since the latest `crop`: the state before it, and its inputs
         self.pending: dict | None = None  # a call's inputs to be read again before the next call
+
+    def __copy__(self) -> Node:
+        twin = super().__copy__()
+        twin.records = []  # which speak of this tree
+        return twin
 
     # What Transformers asks of a cache layer
 
