@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache
 
 from . import kernels
+from .modes import evaluating
 from .variant import EfficientAttention
 
 
@@ -167,7 +168,7 @@ def measure_model(
 
     A training step is forward, loss, backward and the optimizer's update. It is made once before anything is
     measured, so that the optimizer's state counts as resident; the model's weights change by as many steps as are
-    made.
+    made, and the optimizer forgets its state. The model's modules stay in the modes they are in.
 
     Args:
         batch: `input_ids` (batch, length) and whatever else the model takes, on the model's device.
@@ -205,8 +206,9 @@ def measure_model(
                 value.backward()
             optimizer.step()
 
-        model.train()
-        train_step = cost(train, lambda: optimizer.zero_grad(set_to_none=True))
+        with evaluating(model):  # which puts every module back into its mode
+            model.train()
+            train_step = cost(train, lambda: optimizer.zero_grad(set_to_none=True))
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()  # inference does not hold it
 
@@ -220,13 +222,13 @@ def measure_model(
             with autocast():
                 model(**inputs)
 
-    model.eval()
-    inference = cost(infer, lambda: None)
     cache = None
-    if decodes:
-        with torch.no_grad(), autocast():
-            output = model(batch["input_ids"][:1], use_cache=True, logits_to_keep=1)
-        cache = cache_bytes(next(part for part in output.to_tuple() if isinstance(part, Cache)))
+    with evaluating(model):
+        inference = cost(infer, lambda: None)
+        if decodes:
+            with torch.no_grad(), autocast():
+                output = model(batch["input_ids"][:1], use_cache=True, logits_to_keep=1)
+            cache = cache_bytes(next(part for part in output.to_tuple() if isinstance(part, Cache)))
     return ModelCost(size, length, train_step, inference, cache)
 
 

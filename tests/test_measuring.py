@@ -137,6 +137,15 @@ def test_measure_model_adds_up():
     assert cost.cache_bytes_per_sequence == 2 * 2 * 256 * 32 * 4  # layers x (keys, values) x tokens x width x float32
 
 
+def test_modules_stay_in_the_modes_they_are_in():
+    model = tiny_gpt2().train()
+    model.transformer.drop.eval()
+    modes = [module.training for module in model.modules()]
+    ids = torch.randint(0, 50, (1, 16))
+    measure_model(model, {"input_ids": ids, "labels": ids}, optimizer=torch.optim.SGD(model.parameters()), repeats=1)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_batches_that_make_up_a_step():
     """As much work as the batch at once, with less of it held, but the gradients meanwhile."""
     model, ids = tiny_gpt2(), torch.randint(0, 50, (4, 256))
