@@ -64,8 +64,11 @@ class StateMixin:
         cache = cache_argument((), model_kwargs)  # "past_key_values" until Transformers 5.23, "cache" since
         own = getattr(cache, "self_attention_cache", cache)
         fixed = own is not None and own.layer_class_to_replicate is None
+        read = _dense_class(self.config.get_text_config(decoder=True))
         for module in self.modules():
             if not isinstance(module, PatchedForward) or not module.efficient_attn.host.causal:
+                continue
+            if _dense_class(module.config) is not read:  # a further decoder, which has a cache of its own
                 continue
             if not fixed or module.layer_idx < len(own.layers):  # a draft by the first layers has no others
                 layer_state(module, cache)
@@ -78,6 +81,10 @@ class StateMixin:
             f"{self.dense_class.__name__} is patched, and continuous batching (generate_batch) keeps keys in pages that no "
             "variant reads. Call generate(), or unpatch_model(model) first."
         )
+
+
+def _dense_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+    return getattr(type(config), "dense_class", type(config))
 
 
 class TyingMixin:

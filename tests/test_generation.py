@@ -297,3 +297,12 @@ def test_continuous_batching_is_refused_at_once():
     with pytest.raises(ValueError, match=r"LlamaForCausalLM is patched, and continuous batching .* in pages"):
         model.generate_batch([[5, 6, 7]], max_new_tokens=2)
     assert generated(model, ZOO["llama"].inputs()).shape == (2, 10)
+
+
+@pytest.mark.parametrize("layers", ["2-3", "0-3"])
+def test_a_further_decoder_in_the_model_takes_no_place_in_the_cache(layers: str):
+    """As that of the codes of sound in CSM, whose layers are counted from 0 again."""
+    model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs(length=13, pad="left")
+    model.depth_decoder = ZOO["gpt2"].build()
+    patch_model(model, {"2-3": "block", **({} if layers == "2-3" else {"0-1": "flash"})})
+    assert torch.equal(generated(model, inputs), generated(ZOO["llama"].build(), inputs))
