@@ -342,7 +342,7 @@ class _Trial:
 
     def _summed(self, x: Tensor) -> Tensor:
         """x (B, H, ...) -> its sums over all but the key/value heads that are told apart, on the CPU."""
-        return x.unflatten(1, (self.heads or 1, -1)).transpose(0, 1).flatten(1).sum(1).double().cpu()
+        return x.unflatten(1, (self.heads or 1, -1)).transpose(0, 1).flatten(1).sum(1).cpu().double()
 
     def scores(self) -> list[LayerScore]:
         """What is not a number counts as infinitely bad."""

@@ -1,6 +1,7 @@
 """
 A device that is none: tensors say that they lie on `other:0`, their numbers lie in the CPU's memory, and an operator that
-meets both kinds fails, as it does on a GPU. What runs here has no tensor on the wrong device, and calls no kernel for CPUs.
+meets both kinds fails, as it does on a GPU; so does float64, which Apple's GPUs do not have. What runs here has no tensor on the
+wrong device, and calls no kernel for CPUs.
 
 It changes PyTorch for the whole process, so it is for a program of its own: `tests/on_other_device.py`.
 """
@@ -33,6 +34,8 @@ class OtherTensor(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> OtherTensor:
         strides = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
+        if inner.dtype is torch.float64:
+            raise TypeError(f"{NAME} has no float64")
         made = Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device=DEVICE, **strides)
         made.inner = inner
         return made

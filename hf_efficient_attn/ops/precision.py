@@ -22,6 +22,15 @@ def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
+@torch.compiler.assume_constant_result
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no other, such as Apple's GPUs."""
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
+
+
 def without_autocast(function: Callable) -> Callable:
     """Autocast is off inside, on the device of the first tensor; also for an autograd.Function's forward or backward."""
 

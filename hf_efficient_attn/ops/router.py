@@ -8,6 +8,8 @@ it is 1 where all are used alike, and its gradient goes through P.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -46,6 +48,12 @@ class Router(nn.Module):
 def best(scores: Tensor, count: int) -> Tensor:
     """(..., E) -> (..., count) int64, the places of the highest scores in order; of equal ones the lower comes first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def share_of(count: Tensor, share: float, times: Fraction | int = 1) -> Tensor:
+    """ceil(share x times x count), int64 and exact: `share` is the decimal that it is written as."""
+    exact = (Fraction(str(share)) * times).limit_denominator(10**6)
+    return -(-count * exact.numerator // exact.denominator)
 
 
 def balance_loss(probability: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ from torch.nn.functional import logsigmoid
 from ..caching import TokenStore, take
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
-from ..ops.router import Router
+from ..ops.router import Router, share_of
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 
@@ -119,7 +119,7 @@ class MixtureOfDepthsAttention(EfficientAttention):
     def _best(self, logits: Tensor, real: Tensor | None) -> Tensor:
         """(B, N) bool: the best real tokens of each row."""
         length = torch.full((len(logits),), logits.shape[1], device=logits.device) if real is None else real.sum(1)
-        keep = torch.ceil(self.config.capacity * length.double())[:, None]
+        keep = share_of(length, self.config.capacity)[:, None]
         scores = logits if real is None else logits.masked_fill(~real, -math.inf)
         order = scores.sort(dim=1, descending=True, stable=True).indices
         rank = torch.arange(logits.shape[1], device=logits.device).expand_as(order)

@@ -23,12 +23,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from ..config import VariantConfig, option
-from ..ops.router import Router, balance_loss, best
+from ..ops.router import Router, balance_loss, best, share_of
 from ..ops.rows import Texts
 from ..registry import register_variant
 from ..variant import EfficientFeedForward, FeedForwardShape
@@ -169,7 +170,7 @@ class MixtureOfExperts(EfficientFeedForward):
         """chosen (B, N, k), real (B, N) bool or None where all are -> (B, N, k) bool, what a row's experts have room for."""
         (batch, length, k), experts = chosen.shape, self.config.num_experts
         count = torch.full((batch,), length, device=chosen.device) if real is None else real.sum(1)
-        capacity = torch.ceil(self.config.capacity_factor * k / experts * count.double()).long()
+        capacity = share_of(count, self.config.capacity_factor, Fraction(k, experts))
         each = torch.nn.functional.one_hot(chosen.reshape(batch, length * k), experts)
         padded = torch.zeros(batch, length, dtype=torch.bool, device=chosen.device) if real is None else ~real
         each = each.masked_fill(padded.repeat_interleave(k, 1)[..., None], 0)

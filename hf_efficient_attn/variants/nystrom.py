@@ -217,31 +217,35 @@ class NystromAttention(EfficientAttention):
         if held["key"] is not None:
             keys, values = held["key"].to(k_mean), held["value"].to(read)
         there = torch.arange(keys.shape[2], device=device) < begun_column[:, 0]  # which of the stored ones a row has
-        weights = self._log_counts(0, keys.shape[2], device).masked_fill(~there, NEVER)
+        weights = self._log_counts(0, keys.shape[2], read).masked_fill(~there, NEVER)
         solved = []
         for begin in range(0, n, CHUNK):
             piece = slice(begin, min(begin + CHUNK, n))
             keys = torch.cat([keys, k_mean[:, :, piece]], 2)
-            own = self._log_counts(begun_column[:, 0] + begin, piece.stop - begin, device)
+            own = self._log_counts(begun_column[:, 0] + begin, piece.stop - begin, read)
             weights = torch.cat([weights.expand(len(own), -1), own], 1)
             rows = read[:, :, piece] + config.ridge * v_mean[:, :, piece]
-            given = q_mean[:, :, piece], keys, weights.to(read), values, rows, config.ridge, scaling
+            given = q_mean[:, :, piece], keys, weights, values, rows, config.ridge, scaling
             again = n > CHUNK and torch.is_grad_enabled()
             solved.append(checkpoint(_solve_rows, *given, use_reentrant=False) if again else _solve_rows(*given))
             values = torch.cat([values, solved[-1]], 2)
         return torch.cat(solved, 2)
 
-    def _log_counts(self, first: Count, n: int, device) -> Tensor:
-        """(1 or B, n) float64: the logarithm of the tokens that landmarks first.. stand for; `first` int or (1 or B, 1)."""
+    def _log_counts(self, first: Count, n: int, like: Tensor) -> Tensor:
+        """
+        (1 or B, n), float32 or better: the logarithm of the tokens that landmarks first.. stand for; `first` int or (1 or B, 1).
+        """
         b = self.config.segment_size
-        j = torch.as_tensor(first, device=device).reshape(-1, 1) + torch.arange(n, device=device)
+        j = torch.as_tensor(first, device=like.device).reshape(-1, 1) + torch.arange(n, device=like.device)
         tokens = ((j + 1) * b - self.config.num_sinks).clamp(0, b)
-        return torch.where(tokens > 0, tokens.clamp_min(1).double().log(), NEVER)
+        return torch.where(
+            tokens > 0, tokens.clamp_min(1).to(torch.promote_types(like.dtype, torch.float32)).log(), NEVER
+        )
 
     def _join(self, query, context: Context, pattern: Segments, slots, *, scaling, dropout) -> Tensor:
         b, sinks, size, device = pattern.block, self.config.num_sinks, slots[0].shape[2], query.device
         if in_ranges(query, context, pattern, dropout):
-            tokens = self._log_counts(0, size, device)
+            tokens = self._log_counts(0, size, query)
             bias = self.slot_bias[:, None] + tokens.to(query).masked_fill(tokens < 0, float("-inf"))
             return range_decoder(
                 query, context, pattern, slots, bias[None], lambda exact: (0, exact // b), scaling=scaling

@@ -31,6 +31,7 @@ from ..config import EfficientAttentionConfig, option
 from ..ops.chunked_scan import Weights, attend_linearly
 from ..ops.draws import normal, source
 from ..ops.features import Features, project
+from ..ops.precision import widest
 from ..ops.router import Router
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
@@ -110,7 +111,9 @@ class RfaAttention(EfficientAttention):
         Of the tokens, counted from the call's start on; and the logarithm (B, G) of the share that the call leaves of the
         sums before it.
         """
-        given = self.gate(hidden).mT.double()  # logarithms add up over the whole text, and differences are what counts
+        given = self.gate(hidden).mT.to(
+            widest(hidden.device)
+        )  # logarithms add up over the whole text, and differences are what counts
         log_left = logsigmoid(given).cumsum(2)
         all_left = (
             log_left if state is None else log_left + state.entries.get("log_left", log_left.new_zeros(1))[..., None]

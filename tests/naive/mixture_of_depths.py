@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 
@@ -24,7 +25,7 @@ def naive_mixture_of_depths(query, key, value, *, config, scaling, causal, modul
         chosen = [i for i in range(N) if logits[i] >= module.threshold]
     else:
         ranked = sorted(range(N), key=lambda i: (-logits[i].item(), i))
-        chosen = sorted(ranked[: math.ceil(config.capacity * N)])
+        chosen = sorted(ranked[: math.ceil(Fraction(str(config.capacity)) * N)])
     output = torch.zeros_like(query)
     if not chosen:
         return output

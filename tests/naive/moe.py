@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 
@@ -22,7 +23,7 @@ def naive_moe(hidden, experts, *, config, router, training=False):
     N, E = hidden.shape
     capacity = math.inf
     if training and config.capacity_factor is not None:
-        capacity = math.ceil(config.capacity_factor * config.top_k * N / len(experts))
+        capacity = math.ceil(Fraction(str(config.capacity_factor)) * config.top_k * N / len(experts))
     served = [0] * len(experts)
     rows = []
     for x in hidden:
