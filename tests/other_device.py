@@ -1,7 +1,7 @@
 """
 A device that is none: tensors say that they lie on `other:0`, their numbers lie in the CPU's memory, and an operator that
-meets both kinds fails, as it does on a GPU; so does float64, which Apple's GPUs do not have. What runs here has no tensor on the
-wrong device, and calls no kernel for CPUs.
+meets both kinds fails, as it does on a GPU; so does float64, which Apple's GPUs do not have. What runs here has no tensor on
+the wrong device, and calls no kernel for CPUs.
 
 It changes PyTorch for the whole process, so it is for a program of its own: `tests/on_other_device.py`.
 """

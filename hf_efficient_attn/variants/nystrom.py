@@ -233,7 +233,7 @@ class NystromAttention(EfficientAttention):
 
     def _log_counts(self, first: Count, n: int, like: Tensor) -> Tensor:
         """
-        (1 or B, n), float32 or better: the logarithm of the tokens that landmarks first.. stand for; `first` int or (1 or B, 1).
+        (1 or B, n), float32 or better: the logarithm of the tokens that landmarks first.. stand for; `first` int or (1 or B, 1)
         """
         b = self.config.segment_size
         j = torch.as_tensor(first, device=like.device).reshape(-1, 1) + torch.arange(n, device=like.device)
