@@ -1,7 +1,7 @@
 """
 Which variant for which layer: chosen on one text, judged on another.
 
-    python -m examples.choose --model smollm2 --choose-on a.txt.gz --judge-on b.txt.gz --length 8192 \
+    python -m examples.choose --model smollm2 --choose-on a.txt.gz --judge-on b.txt.gz --length 8192 \\
         --variants candidates.yaml --max-cost 0.33 --cost flops state --output results.json
 
 `hf_efficient_attn.select_variants` finds the mapping on the first `--windows` stretches of the one text. The other text
@@ -22,13 +22,13 @@ from rich.table import Table
 
 from examples.embedded import MODELS
 from examples.perplexity import load, measure, stretches
-from examples.rows import add_row, open_results, read_variants, run_program, swapped
+from examples.rows import Help, add_row, open_results, read_variants, run_program, swapped
 from hf_efficient_attn.hosts import base_model, find_hosts
 from hf_efficient_attn.selection import COSTS, DENSE, Budget, Selection, select_variants
 
 
 def main(args: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="smollm2", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
     parser.add_argument("--choose-on", required=True, help="a text file (also .gz)")
     parser.add_argument("--judge-on", required=True, help="another one")
@@ -57,7 +57,9 @@ def main(args: Sequence[str] | None = None) -> dict:
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """What is asked for: candidates, budget, and where results go."""
-    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE", help="the candidates")
+    parser.add_argument(
+        "--variants", nargs="+", required=True, metavar="NAME|FILE", help="the candidates: names, and YAML files"
+    )
     parser.add_argument("--max-loss", type=float, help="at most this relative rise of exp(loss), such as 0.02")
     parser.add_argument("--max-cost", type=float, help="at most this share of dense attention's cost")
     parser.add_argument("--cost", nargs="+", default=["flops"], choices=COSTS, help="of several the dearest counts")

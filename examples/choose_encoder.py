@@ -1,7 +1,7 @@
 """
 Which variant for which layer of a sentence encoder whose embeddings a classifier reads: chosen on some texts, judged on others.
 
-    python -m examples.choose_encoder --model minilm --dataset texts/ --max-length 2048 \
+    python -m examples.choose_encoder --model minilm --dataset texts/ --max-length 2048 \\
         --variants candidates.yaml --max-cost 0.33 --output results.json
 
 The classifier is a logistic regression on the dense embeddings of `--train-texts` texts. Nothing is trained after that, and
@@ -24,12 +24,12 @@ from examples.choose import add_choice, add_rows, budget_of, candidates, check_c
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS
 from examples.embeddings import embed, embedding, open_encoder
-from examples.rows import open_results, run_program
+from examples.rows import Help, open_results, run_program
 from hf_efficient_attn.selection import select_variants
 
 
 def main(args: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="minilm", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
     parser.add_argument("--dataset", default="embedded", help="labelled texts, as for examples/finetune.py")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens that a text is cut at")

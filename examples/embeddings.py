@@ -1,7 +1,7 @@
 """
 What is left of a sentence encoder's embeddings when its attention is swapped and nothing is trained?
 
-    python -m examples.embeddings --model minilm --dataset texts/ --max-length 2048 --variants linformer topk_blocks \
+    python -m examples.embeddings --model minilm --dataset texts/ --max-length 2048 --variants linformer topk_blocks \\
         --output results.json
 
 The model's learned positions are extended to `--max-length` if they end before. Embeddings are means over tokens, of length
@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS
 from examples.models import fit_positions, source
-from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
+from examples.rows import Help, add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn.measuring import peak_memory
 
 
@@ -50,14 +50,16 @@ def embed(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def main(args: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="minilm", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
     parser.add_argument("--dataset", default="embedded", help="labelled texts, as for examples/finetune.py")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens that a text is cut at")
     parser.add_argument("--train-texts", type=int, default=200, help="to train the probe on")
     parser.add_argument("--test-texts", type=int, default=100, help="to report on")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of dense and variant that are timed")
-    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE")
+    parser.add_argument(
+        "--variants", nargs="+", required=True, metavar="NAME|FILE", help="names, and YAML files label -> variant"
+    )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
     chosen = read_variants(options.variants)

@@ -6,8 +6,9 @@ What does an encoder cost on a device that has no PyTorch? Its ONNX form, run by
 Everything is exported for one text of `--length` tokens and a mask (`torch.onnx.export`), untrained; learned positions are
 extended if they end before. For every variant, over those of dense in the same run: the seconds of a run, in turns, and the
 bytes that it takes beyond the loaded model, in a process of its own (on Linux); and `apart`, by how much its embedding (the
-mean over tokens, of length 1) differs from PyTorch's, at most. `--keep DIR` leaves the files `LABEL.onnx` there. Needs
-onnxscript and onnxruntime. The results are written after every row, and rows that they hold already are not computed again.
+mean over tokens, of length 1) differs from PyTorch's, at most. `--keep DIR` leaves the files
+`LABEL.onnx` there. Needs onnxscript and onnxruntime. The results are written after every row, and rows that they hold already
+are not computed again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.embeddings import open_encoder
-from examples.rows import add_row, open_results, read_variants, run_program, show, swapped
+from examples.rows import Help, add_row, open_results, read_variants, run_program, show, swapped
 from hf_efficient_attn.measuring import time_ratio
 
 NAMES = ("input_ids", "attention_mask")
@@ -98,12 +99,14 @@ def measure(model: nn.Module, config: dict | None, texts: list[tuple[Tensor, Ten
 
 
 def main(args: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="minilm", help="an encoder: an embedded model, a Hub id or a folder")
     parser.add_argument("--length", type=int, default=2048, help="tokens of the text that the files are made for")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of dense and variant that are timed")
-    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE")
+    parser.add_argument(
+        "--variants", nargs="+", required=True, metavar="NAME|FILE", help="names, and YAML files label -> variant"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where the ONNX files stay")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from examples.embedded import MODELS
+from examples.rows import Help
 from examples.training import SCHEDULES
 
 PRESETS = Path(__file__).parent / "presets"
@@ -24,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finetune.py",
         description="Fine-tune a pretrained model with each attention variant; report quality lost, memory and time saved.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     add(

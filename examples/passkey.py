@@ -2,7 +2,7 @@
 Does a decoder still find what lies far back? A number is hidden in a long text and asked for at its end, dense and with each
 variant swapped in and nothing trained (Mohtashami and Jaggi 2023, arXiv:2305.16300).
 
-    python -m examples.passkey --model smollm2 --texts book.txt.gz --lengths 2048 4096 8192 \
+    python -m examples.passkey --model smollm2 --texts book.txt.gz --lengths 2048 4096 8192 \\
         --variants sliding_window topk_blocks --output results.json
 
 Every length has `--numbers` prompts, in which the number stands at equal distances from the beginning to the end. `found`
@@ -21,7 +21,7 @@ import torch
 
 from examples.embedded import MODELS
 from examples.perplexity import load, read_text
-from examples.rows import add_row, open_results, read_variants, run_program, show, swapped
+from examples.rows import Help, add_row, open_results, read_variants, run_program, show, swapped
 
 HIDDEN = "\nThe pass key is{number}. Remember it.{number} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -53,14 +53,16 @@ def right(model: torch.nn.Module, ids: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def main(args: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="smollm2", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
     parser.add_argument(
         "--texts", nargs="+", default=["topics"], help="text files (also .gz), or 'topics', taken in turns"
     )
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of a text")
     parser.add_argument("--numbers", type=int, default=10, help="prompts of each length")
-    parser.add_argument("--variants", nargs="+", required=True, metavar="NAME|FILE")
+    parser.add_argument(
+        "--variants", nargs="+", required=True, metavar="NAME|FILE", help="names, and YAML files label -> variant"
+    )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
     chosen = read_variants(options.variants)

@@ -2,7 +2,7 @@
 Perplexity of a pretrained causal language model on long texts, dense and with each variant swapped in and nothing
 trained.
 
-    python -m examples.perplexity --model smollm2 --texts book.txt.gz --lengths 2048 8192 \
+    python -m examples.perplexity --model smollm2 --texts book.txt.gz --lengths 2048 8192 \\
         --variants sliding_window topk_blocks --output results.json
 
 Each text gives its first `--windows` stretches of `length` tokens. For every length and variant: perplexity, its rise
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from examples.embedded import MODELS, topics_text
 from examples.models import source
-from examples.rows import add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
+from examples.rows import Help, add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
 from hf_efficient_attn.hosts import base_model, find_hosts
@@ -98,13 +98,19 @@ def measure(model: torch.nn.Module, parts: Sequence[torch.Tensor]) -> dict[str, 
 
 
 def main(args: Sequence[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", default="smollm2", help=f"a Hub id, a folder, or one of: {', '.join(MODELS)}")
     parser.add_argument("--texts", nargs="+", default=["topics"], help="text files (also .gz), or 'topics'")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of a text")
     parser.add_argument("--windows", type=int, default=2, help="stretches of each text")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of dense and variant that are timed")
-    parser.add_argument("--variants", nargs="+", default=list(available_variants()), metavar="NAME|FILE")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(available_variants()),
+        metavar="NAME|FILE",
+        help="names, and YAML files label -> variant; by default every variant",
+    )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
     chosen = read_variants(options.variants)

@@ -31,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, s
 from examples.data import Collator, Schedule, tokenize
 from examples.embedded import language_documents
 from examples.metrics import likelihood_scores
+from examples.rows import Help
 from examples.training import Recipe, adamw
 from hf_efficient_attn.losses import causal_lm_losses
 
@@ -80,19 +81,17 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     Raises:
         SystemExit: the output folder exists.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--output-dir", help="by default the user's cache")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=700, help="updates of the weights")
+    parser.add_argument("--batch-size", type=int, default=4, help="blocks of a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a block, and positions of the model")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--width", type=int, default=256, help="64 for each head")
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--eval-blocks", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens of the tokenizer")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="the highest of the schedule")
+    parser.add_argument("--eval-blocks", type=int, default=32, help="held-out blocks to report on")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data order")
     options = parser.parse_args(args)
     if options.output_dir is None:
         folder = cached_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shlex
@@ -21,6 +22,15 @@ from rich.table import Table
 
 import hf_efficient_attn
 from hf_efficient_attn import patched
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """A program's docstring as it stands, and the defaults that its texts do not tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        told = default is None or default is False or default == [] or "by default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 def read_variants(names: Sequence[str]) -> dict[str, dict | None]:

@@ -30,7 +30,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples import finetune, report, session  # noqa: E402
+from examples import finetune, passkey, report, session  # noqa: E402
 from examples.controls import remove_attention  # noqa: E402
 from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
@@ -1237,3 +1237,11 @@ def test_the_command_line_ends_with_a_sentence(folder, tmp_path):
     assert done.returncode == 1
     assert "finetune.py: run 'blok': unknown variant 'blok'. Did you mean 'block'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_tells_defaults_and_the_whole_docstring(capsys) -> None:
+    with pytest.raises(SystemExit):
+        passkey.main(["--help"])
+    told = capsys.readouterr().out
+    assert passkey.__doc__.strip() in told
+    assert "prompts of each length (default: 10)" in told and "(default: None)" not in told
