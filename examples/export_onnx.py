@@ -6,7 +6,7 @@ What does an encoder cost on a device that has no PyTorch? Its ONNX form, run by
 Everything is exported for one text of `--length` tokens and a mask (`torch.onnx.export`), untrained; learned positions are
 extended if they end before. For every variant, over those of dense in the same run: the seconds of a run, in turns, and the
 bytes that it takes beyond the loaded model, in a process of its own (on Linux); and `apart`, by how much its embedding (the
-mean over tokens, of length 1) differs from PyTorch's, at most. `--keep DIR` leaves the files
+mean over tokens, of length 1) differs from PyTorch's, at most: more than 1e-4 is an error. `--keep DIR` leaves the files
 `LABEL.onnx` there. Needs onnxscript and onnxruntime. The results are written after every row, and rows that they hold already
 are not computed again.
 """
@@ -30,6 +30,7 @@ from examples.rows import Help, add_row, open_results, read_variants, run_progra
 from hf_efficient_attn.measuring import time_ratio
 
 NAMES = ("input_ids", "attention_mask")
+CLOSE = 1e-4  # of embeddings of length 1
 
 # Run by a Python that has loaded nothing else: the peak of a run beyond the loaded model, in KiB; Linux can set peaks back.
 PEAK = """
@@ -89,6 +90,10 @@ def measure(model: nn.Module, config: dict | None, texts: list[tuple[Tensor, Ten
         given = [dict(zip(NAMES, (x.numpy() for x in text), strict=True)) for text in texts]
         found = [torch.as_tensor(session.run(None, x)[0]) for x in given]
         apart = max((a - embedder(*text)).abs().max().item() for a, text in zip(found, texts, strict=True))
+    if not apart < CLOSE:  # NaN is not
+        raise ValueError(
+            f"what was exported gives another embedding than PyTorch: {apart:.1e} apart, {CLOSE:.0e} allowed."
+        )
     row = {"apart": apart, "file_bytes": file.stat().st_size}
     dense = open_session(file.with_name("dense.onnx"), options.threads)
     runs = [lambda s=s: s.run(None, given[0]) for s in (session, dense)]

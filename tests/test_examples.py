@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples import finetune, passkey, report, session  # noqa: E402
+from examples import export_onnx, finetune, passkey, report, session  # noqa: E402
 from examples.controls import remove_attention  # noqa: E402
 from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
@@ -1245,3 +1246,24 @@ def test_help_tells_defaults_and_the_whole_docstring(capsys) -> None:
     told = capsys.readouterr().out
     assert passkey.__doc__.strip() in told
     assert "prompts of each length (default: 10)" in told and "(default: None)" not in told
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 0.01])
+def test_an_export_that_gives_other_embeddings_is_no_measurement(wrong: float, monkeypatch, tmp_path: Path) -> None:
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).bert.eval()
+    text = torch.arange(1, 5)[None], torch.ones(1, 4, dtype=torch.long)
+    right = export_onnx.Embedder(model)(*text).detach().numpy()
+    given = SimpleNamespace(threads=1, repeats=1)
+
+    def measure(apart: float) -> dict:
+        session = SimpleNamespace(run=lambda names, inputs: [right + apart])
+        monkeypatch.setattr(export_onnx, "open_session", lambda file, threads: session)
+        return export_onnx.measure(model, None, [text], tmp_path / "dense.onnx", given)
+
+    monkeypatch.setattr(torch.onnx, "export", lambda model, text, file, **options: file.write_bytes(b"0"))
+    monkeypatch.setattr(export_onnx, "bytes_of_a_run", lambda file, given, threads: 1)
+    assert measure(0.0)["apart"] < 1e-4
+    with pytest.raises(ValueError, match="another embedding than PyTorch"):
+        measure(wrong)
