@@ -50,7 +50,7 @@ def model_card(results: dict[str, Any], label: str, repo_id: str | None = None) 
         "## How to load it\n\n" + _loading(results, repo_id),
         "## Quality\n\n" + _quality(results, row),
         "## Memory and time\n\n" + _cost(results, row),
-        "## How it was made\n\n" + _provenance(results),
+        "## How it was made\n\n" + _provenance(results, row),
         "## Caveats\n\n" + _caveats(results, row, names),
     ]
     return "\n\n".join(sections) + "\n"
@@ -199,7 +199,7 @@ def _cost(results: dict[str, Any], row: dict[str, Any]) -> str:
     return f"{text}\n\n{_table(header + ['decoder cache, MiB per sequence'] * decodes, lines)}"
 
 
-def _provenance(results: dict[str, Any]) -> str:
+def _provenance(results: dict[str, Any], row: dict[str, Any]) -> str:
     recipe = results["recipe"]
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
     facts = [f"{recipe['steps']:,} steps of {recipe['examples_per_step']} examples, seed {results['seed']}."]
@@ -207,6 +207,15 @@ def _provenance(results: dict[str, Any]) -> str:
         facts.append(
             f"The dense model had {recipe['warm_start_steps']:,} steps before its attention was replaced; 'before' is "
             "measured there."
+        )
+    if tokens := (row.get("recovery") or {}).get("tokens"):
+        facts.append(
+            f"Between 'before' and these steps the variant's own parameters learned their layers' dense attention on "
+            f"{tokens:,} tokens, which is part of 'after'."
+        )
+    if rank := recipe.get("lora_rank"):
+        facts.append(
+            f"The steps train adapters of rank {rank} and what the variant adds; all other weights stand still."
         )
     facts.append(f"Versions: {versions}.")
     if results.get("git_revision"):

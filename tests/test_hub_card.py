@@ -121,6 +121,18 @@ def test_layers_hyper_parameters_cost_and_provenance(results):
         assert fact in card
 
 
+def test_transfer_and_adapters_are_told(results):
+    mixture = next(each for each in results["rows"] if each["label"] == "mixture")
+    plain = model_card(results, "mixture")
+    assert "dense attention on" not in plain and "adapters" not in plain
+    mixture["recovery"] = {"tokens": 61440}
+    results["recipe"]["lora_rank"] = 8
+    card = model_card(results, "mixture")
+    assert "dense attention on 61,440 tokens, which is part of 'after'" in card and "adapters of rank 8" in card
+    mixture["recovery"] = {"tokens": 0, "note": "this variant has no parameters to train"}
+    assert "which is part of 'after'" not in model_card(results, "mixture")
+
+
 def test_decoder_cache_is_a_column_where_the_model_decodes(results):
     for each in results["rows"]:
         each["cost"] = each["cost"] and each["cost"] | {"cache_bytes_per_sequence": 3 * 2**19}
