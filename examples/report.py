@@ -249,8 +249,8 @@ def _recovery_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
         if not recovery["errors"]:
             body.append([row["label"], "0", DASH, DASH, recovery["note"], DASH, DASH])
             continue
-        errors = [[layer["error"] for layer in recovery[name]] for name in ("errors_before", "errors")]
-        means = [number(sum(of) / len(of)) for of in errors]
+        errors = [[layer["error"] for layer in recovery.get(name, [])] for name in ("errors_before", "errors")]
+        means = [number(sum(of) / len(of)) if of else DASH for of in errors]  # early runs have no errors before
         span = f"{number(min(errors[1]))} to {number(max(errors[1]))}"
         ended = (str(len(recovery.get(name, []))) for name in ("shortened", "undone"))
         body.append([row["label"], f"{recovery['tokens']:,}", *means, span, *ended])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples import tables  # noqa: E402
+from examples import report, tables  # noqa: E402
 from hf_efficient_attn import available_variants  # noqa: E402
 
 
@@ -30,3 +31,12 @@ def test_pages_speak_of_registered_variants() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "variants").glob("*.md"))
     named = re.findall(r"^## `(\w+)`$", pages, re.MULTILINE)
     assert len(named) == len(set(named)) > 25 and set(named) <= set(available_variants())
+
+
+def test_every_fine_tune_has_its_report() -> None:
+    files = sorted((ROOT / "results").glob("*/results.json"))
+    assert len(files) > 5
+    for file in files:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        text = report.markdown(results)
+        assert all(row["label"] in text for row in results["rows"]), file
