@@ -102,7 +102,7 @@ def train(
         Diverged: the loss of a step is not finite.
         ValueError: the folder's checkpoint is unreadable or another run's.
     """
-    accelerator.step = 0  # an earlier run may have failed between two updates
+    accelerator.free_memory()  # what was prepared before, as a transfer, is no part of this run or of its checkpoints
     accelerator.gradient_accumulation_steps = recipe.accumulation
     set_seed(recipe.seed, device_specific=accelerator.num_processes > 1)
     groups = objective.parameter_groups()

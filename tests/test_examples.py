@@ -733,6 +733,33 @@ def test_a_continued_recovery_has_what_no_gradient_moves(folder, tmp_path, monke
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize("more", [(), ("--lora-rank", "2", "--lora-targets", "c_attn")])
+def test_a_run_goes_on_from_a_checkpoint_made_after_its_recovery(folder, tmp_path, monkeypatch, more):
+    more = ["--no-cost", "--controls", "none", "--variants", "linformer", "--checkpoint-every", "2", *more]
+    more += ["--recover", str(10 * 4 * 24), "--recover-blocks", "1"]
+
+    def run(output: str, *extra: str) -> dict:
+        return finetune.main(arguments(folder, tmp_path / output, *more, *extra, model="gpt2", task="causal-lm"))
+
+    whole = run("whole")
+    rate, calls = Recipe.rate, []
+
+    def interrupted(recipe: Recipe, step: int) -> float:
+        calls.append(recipe.steps)
+        if step == 3 and calls.count(4) == 8:  # the variant's last step of fine-tuning
+            raise KeyboardInterrupt
+        return rate(recipe, step)
+
+    monkeypatch.setattr(Recipe, "rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    monkeypatch.setattr(Recipe, "rate", rate)
+    resumed = run("parts", "--resume")
+    for one, other in zip(whole["rows"], resumed["rows"], strict=True):
+        assert other["status"] == "ok", other["error"]
+        assert one["training"]["losses"] == other["training"]["losses"] and one["after"] == other["after"]
+
+
 @pytest.mark.parametrize("rate", ["2", "4", "100"])
 def test_a_layer_that_got_worse_goes_back(peaked, tmp_path, rate):
     """Some of its way, where that is better than where it began."""
