@@ -236,7 +236,7 @@ def warm_start(session: Session, bars: Progress) -> None:
     model = models.open_base(session.base_folder, session.args.task)
     objective = Objective(model, session.args.task, session.args.loss_chunk)
     schedule = Schedule(
-        session.examples(session.args.warm_start_length or session.args.max_length)[0],
+        session.examples(session.warm_length())[0],
         recipe.examples(accelerator.num_processes),
         recipe.seed,
         session.tokenizer,

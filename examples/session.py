@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -94,7 +95,7 @@ class Session:
             args.task,
             self.tokenizer,
             labels=self.texts.labels,
-            max_length=max([args.max_length, *(run.max_length or 0 for run in runs)]),
+            max_length=max(args.max_length, *(run.max_length or 0 for run in runs), self.warm_length()),
             extend=args.extend_positions,
             seed=args.seed,
             dropout=args.dropout,
@@ -111,10 +112,17 @@ class Session:
         self.base_folder = self.folder / "base"
         if self.accelerator.is_main_process and not self.base_folder.exists():
             fresh = self.folder / "base.new"
+            shutil.rmtree(
+                fresh, ignore_errors=True
+            )  # of a warm start that ended before its weights were in their place
             base.save_pretrained(fresh)
             self.tokenizer.save_pretrained(fresh)
             fresh.rename(self.base_folder)
         self.accelerator.wait_for_everyone()
+
+    def warm_length(self) -> int:
+        """Tokens of the texts of the warm start; 0 where there is none."""
+        return (self.args.warm_start_length or self.args.max_length) if self.args.warm_start_steps else 0
 
     def recipe_of(self, run: RunSpec) -> Recipe:
         """

@@ -393,6 +393,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
     assert not (tmp_path / "parts" / "linear" / "checkpoint").exists()
 
 
+def test_a_warm_start_that_ended_before_its_weights_were_in_place_is_made_again(folder, tmp_path, monkeypatch):
+    more = ["--no-cost", "--controls", "none", "--warm-start-steps", "3", "--learning-rate", "0.01", "--max-steps", "0"]
+    whole = finetune.main(arguments(folder, tmp_path / "whole", *more))
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if (path / "warm_start.json").exists():
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(arguments(folder, tmp_path / "parts", *more))
+    monkeypatch.setattr(Path, "rename", rename)
+    resumed = finetune.main(arguments(folder, tmp_path / "parts", *more, "--resume"))
+    assert resumed["rows"] == whole["rows"]
+
+
 @pytest.mark.parametrize("damage", ["foreign", "corrupt", "weights"])
 def test_a_bad_checkpoint_is_a_row_that_says_so(folder, tmp_path, monkeypatch, damage):
     more = ["--no-cost", "--controls", "none", "--checkpoint-every", "1"]
@@ -1047,6 +1065,8 @@ def test_text_shorter_than_a_block(folder):
 def test_length_beyond_the_positions_names_the_way_out(folder, tmp_path):
     with pytest.raises(ValueError, match=r"beyond the 64 positions .*--extend-positions .*extend_positions"):
         finetune.main([*arguments(folder, tmp_path / "out"), "--max-length", "100"])
+    with pytest.raises(ValueError, match="beyond the 64 positions"):
+        finetune.main([*arguments(folder, tmp_path / "out"), "--warm-start-steps", "1", "--warm-start-length", "100"])
     assert not (tmp_path / "out").exists()
     model = BertForMaskedLM.from_pretrained(folder / "bert")
     fit_positions(model, 100, extend=True)
