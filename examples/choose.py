@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from examples.embedded import MODELS
 from examples.perplexity import load, measure, stretches
-from examples.rows import Help, add_row, open_results, read_variants, run_program, swapped
+from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, swapped
 from hf_efficient_attn.hosts import base_model, find_hosts
 from hf_efficient_attn.selection import COSTS, DENSE, Budget, Selection, select_variants
 
@@ -83,12 +84,6 @@ def candidates(options: argparse.Namespace) -> dict[str, dict]:
     return table
 
 
-def check_counts(options: argparse.Namespace, **least: int) -> None:
-    for name, bound in least.items():
-        if getattr(options, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {bound}.")
-
-
 def add_rows(
     results: dict,
     model: Any,
@@ -129,9 +124,9 @@ def show(results: dict, metric: str, lost: str) -> None:
     for name in ("mapping", metric, "lost", "chosen on", *COSTS):
         table.add_column(name, justify="left" if name == "mapping" else "right")
     for row in results["rows"]:
-        label = row["label"]
+        label = escape(row["label"])
         if label == "chosen":
-            label += ": " + ", ".join(f"{n} x {name}" for name, n in row["places"].items())
+            label += ": " + ", ".join(f"{n} x {escape(name)}" for name, n in row["places"].items())
         cells = [f"{row['share'][kind]:.2f}" for kind in COSTS]
         table.add_row(
             label, f"{row[metric]:.3f}", f"{row[lost]:+.1f}", f"{row['rise_percent_where_chosen']:+.1f} %", *cells

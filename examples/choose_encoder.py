@@ -20,11 +20,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from examples.choose import add_choice, add_rows, budget_of, candidates, check_counts, show
+from examples.choose import add_choice, add_rows, budget_of, candidates, show
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS
 from examples.embeddings import embed, embedding, open_encoder
-from examples.rows import Help, open_results, run_program
+from examples.rows import Help, check_counts, open_results, run_program
 from hf_efficient_attn.selection import select_variants
 
 

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS
 from examples.models import fit_positions, source
-from examples.rows import Help, add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
+from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn.measuring import peak_memory
 
 
@@ -62,10 +62,11 @@ def main(args: Sequence[str] | None = None) -> dict:
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
+    check_counts(options, max_length=1, train_texts=2, test_texts=1, repeats=1)
     chosen = read_variants(options.variants)
     names = ("model", "dataset", "max_length", "train_texts", "test_texts")
     settings = {name: getattr(options, name) for name in names}
-    results = open_results(options.output, settings, "examples.embeddings", args)
+    results = open_results(options.output, settings, "examples.embeddings", args, chosen)
     model, tokenizer = open_encoder(options.model, options.max_length)
     data = load_texts(options.dataset, "classification")
     splits = [(data.train, data.train_labels, options.train_texts), (data.test, data.test_labels, options.test_texts)]

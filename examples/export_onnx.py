@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.embeddings import open_encoder
-from examples.rows import Help, add_row, open_results, read_variants, run_program, show, swapped
+from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, show, swapped
 from hf_efficient_attn.measuring import time_ratio
 
 NAMES = ("input_ids", "attention_mask")
@@ -115,9 +115,11 @@ def main(args: Sequence[str] | None = None) -> dict:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where the ONNX files stay")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
+    check_counts(options, length=1, threads=1, repeats=1)
     settings = {name: getattr(options, name) for name in ("model", "length", "threads")}
-    results = open_results(options.output, settings, "examples.export_onnx", args)
-    chosen, done = read_variants(options.variants), {row["label"] for row in results["rows"]}
+    chosen = read_variants(options.variants)
+    results = open_results(options.output, settings, "examples.export_onnx", args, chosen)
+    done = {row["label"] for row in results["rows"]}
     model, _ = open_encoder(options.model, options.length)
     generator, size = torch.Generator().manual_seed(0), model.config.vocab_size
     ids = torch.randint(size // 10, size, (1, options.length), generator=generator)

@@ -21,7 +21,7 @@ import torch
 
 from examples.embedded import MODELS
 from examples.perplexity import load, read_text
-from examples.rows import Help, add_row, open_results, read_variants, run_program, show, swapped
+from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, show, swapped
 
 HIDDEN = "\nThe pass key is{number}. Remember it.{number} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -65,9 +65,10 @@ def main(args: Sequence[str] | None = None) -> dict:
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
+    check_counts(options, lengths=2, numbers=1)
     chosen = read_variants(options.variants)
     settings = {"model": options.model, "texts": [Path(t).name for t in options.texts], "numbers": options.numbers}
-    results = open_results(options.output, settings, "examples.passkey", args)
+    results = open_results(options.output, settings, "examples.passkey", args, chosen)
     model, tokenizer = load(options.model)
     texts = [tokenizer(read_text(name), return_tensors="pt", verbose=False).input_ids[0] for name in options.texts]
     generator = torch.Generator().manual_seed(0)

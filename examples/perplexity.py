@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from examples.embedded import MODELS, topics_text
 from examples.models import source
-from examples.rows import Help, add_row, open_results, read_variants, run_program, seconds_ratio, show, swapped
+from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, seconds_ratio, show, swapped
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
 from hf_efficient_attn.hosts import base_model, find_hosts
@@ -113,9 +113,10 @@ def main(args: Sequence[str] | None = None) -> dict:
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; rows in it are kept")
     options = parser.parse_args(args)
+    check_counts(options, lengths=2, windows=1, repeats=1)
     chosen = read_variants(options.variants)
     settings = {"model": options.model, "texts": [Path(t).name for t in options.texts], "windows": options.windows}
-    results = open_results(options.output, settings, "examples.perplexity", args)
+    results = open_results(options.output, settings, "examples.perplexity", args, chosen)
     model, tokenizer = load(options.model)
     for length in options.lengths:
         parts = stretches(tokenizer, options.texts, length, options.windows)

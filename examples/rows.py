@@ -9,7 +9,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import hf_efficient_attn
@@ -87,18 +88,41 @@ def seconds_ratio(model: torch.nn.Module, variant: Any, run: Callable[[], Any], 
     return statistics.median(ratios)
 
 
-def open_results(file: Path, settings: dict, program: str, args: Sequence[str] | None) -> dict:
+def check_counts(options: argparse.Namespace, **least: int) -> None:
+    """
+    Raises:
+        ValueError: an option, or one of its values, is below the least that makes sense.
+    """
+    for name, bound in least.items():
+        given = getattr(options, name)
+        if (smallest := min(given) if isinstance(given, list) else given) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} {smallest}: at least {bound}.")
+
+
+def open_results(
+    file: Path,
+    settings: dict,
+    program: str,
+    args: Sequence[str] | None,
+    variants: Mapping[str, dict | None] | None = None,
+) -> dict:
     """
     The file's results, or new ones: `settings`, the `command`, `versions`, and `rows`.
 
     Raises:
-        SystemExit: the file holds results of other settings.
+        SystemExit: the file holds results of other settings, or of other `variants` under these labels.
     """
     results = {"settings": settings, "rows": []}
     if file.exists():
         results = json.loads(file.read_text(encoding="utf-8"))
         if results.get("settings") != settings:
             sys.exit(f"{program}: {file} holds another run, {results.get('settings')}; give another name.")
+    for row in results["rows"]:
+        if variants and row["config"] != variants.get(row["label"], row["config"]):
+            sys.exit(
+                f"{program}: {file} holds {row['label']!r} as {row['config']}, not {variants[row['label']]}; give the run "
+                "another label, or another name to the file."
+            )
     results["command"] = shlex.join(["python", "-m", program, *(args or sys.argv[1:])])
     results["versions"] = {
         "python": platform.python_version(),
@@ -110,17 +134,19 @@ def open_results(file: Path, settings: dict, program: str, args: Sequence[str] |
 
 
 def add_row(results: dict, row: dict, file: Path) -> None:
-    """Adds the row and writes the file."""
+    """Adds the row and writes the file: beside the old one, and swaps."""
     results["rows"].append(row)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(file)
     print(json.dumps(row), flush=True)
 
 
 def show(results: dict, title: str, columns: dict[str, str], **more: Callable[[dict], Any]) -> None:
     """
     Prints the rows, or the error of one that failed. `columns`: name -> what `str.format` makes of the row's entries, and of
-    what `more` makes of the row.
+    what `more` makes of the row; a dash where dense failed and there is nothing to compare with.
     """
     lead = [name for name in ("length", "label") if name in results["rows"][0]]
     table = Table(title=title)
@@ -131,6 +157,13 @@ def show(results: dict, title: str, columns: dict[str, str], **more: Callable[[d
         cells = [row.get("error", "")[:60]]
         if "error" not in row:
             entries = row | {name: function(row) for name, function in more.items()}
-            cells = [text.format(**entries) for text in columns.values()]
-        table.add_row(*(str(row[name]) for name in lead), *cells)
+            cells = [_cell(text, entries) for text in columns.values()]
+        table.add_row(*(escape(cell) for cell in (*(str(row[name]) for name in lead), *cells)))
     Console(width=110).print(table)
+
+
+def _cell(text: str, entries: Mapping[str, Any]) -> str:
+    try:
+        return text.format(**entries)
+    except KeyError:
+        return "-"

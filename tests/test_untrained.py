@@ -87,8 +87,41 @@ def test_what_was_measured_stays(folder, tmp_path, monkeypatch) -> None:
     assert len(counted) == 1 and {name: after[name] for name in before} == before
     with pytest.raises(SystemExit, match="another run"):
         perplexity.main(["--texts", "topics", "--output", str(tmp_path / "a.json")])
+    (tmp_path / "few.yaml").write_text("near: {variant: block, block_size: 4, num_sinks: 0}\n")
+    with pytest.raises(SystemExit, match=r"holds 'near' as .*'block_size': 8.* another label"):
+        read(folder, tmp_path / "a.json", str(tmp_path / "few.yaml"))
     with pytest.raises(ValueError, match="200 tokens; 2 stretches of 128 need 256"):
         perplexity.stretches(perplexity.load(str(folder / "gpt2"))[1], [str(folder / "text.txt")], 128, 2)
+
+
+def test_rows_are_shown_where_dense_failed_and_as_they_are(folder, tmp_path, monkeypatch, capsys) -> None:
+    measure = perplexity.measure
+
+    def fails(model: torch.nn.Module, parts: list) -> dict:
+        if not any(hasattr(part, "efficient_attn") for part in model.modules()):
+            raise RuntimeError("[enforce fail] [/x] no memory")
+        return measure(model, parts)
+
+    monkeypatch.setattr(perplexity, "measure", fails)
+    read(folder, tmp_path / "a.json", "block")
+    shown = capsys.readouterr().out.splitlines()
+    assert any("[enforce fail] [/x] no memory" in line and "dense" in line for line in shown if "│" in line)
+    assert any("block" in line and " - " in line for line in shown if "│" in line)
+
+
+def test_a_file_that_cannot_be_written_is_the_old_one(tmp_path, monkeypatch) -> None:
+    results = {"rows": []}
+    rows.add_row(results, {"label": "a"}, tmp_path / "a.json")
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options) -> None:
+        write(path, text[:20], **options)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        rows.add_row(results, {"label": "b"}, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"rows": [{"label": "a"}]}
 
 
 def test_embeddings_of_dense_and_variants(folder, tmp_path) -> None:
@@ -141,6 +174,17 @@ def test_what_programs_are_given_wrong_is_a_sentence(tmp_path, capsys) -> None:
         with pytest.raises(SystemExit, match=words):
             rows.read_variants([str(tmp_path / file)])
     assert rows.read_variants(["dense", "block"]) == {"dense": None, "block": {"variant": "block"}}
+
+    given = ["--model", str(tmp_path / "none"), "--output", str(tmp_path / "a.json"), "--variants", "block"]
+    for program, options, words in (
+        (perplexity, ["--windows", "-1"], "--windows -1: at least 1"),
+        (perplexity, ["--lengths", "64", "1"], "--lengths 1: at least 2"),
+        (passkey, ["--numbers", "0"], "--numbers 0: at least 1"),
+        (embeddings, ["--repeats", "0"], "--repeats 0: at least 1"),
+        (export_onnx, ["--length", "0"], "--length 0: at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            program.main([*given, *options])
 
     def fails() -> None:
         raise ValueError("a sentence")
