@@ -70,7 +70,10 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint keeps beside the weights, and what the report says of training."""
+    """
+    How far a run is: what a checkpoint keeps beside the weights, and what the report says of training. `tokens` are those of
+    texts, over all processes, without padding.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -125,7 +128,8 @@ def train(
             loss = wrapped(batch)["loss"]
             summed += accelerator.gather(loss.detach()).mean().item() / recipe.accumulation
             accelerator.backward(loss)
-            progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
+            read = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
+            progress.tokens += int(accelerator.gather(read).sum())
             if not accelerator.sync_gradients:
                 continue
             if not math.isfinite(summed):
