@@ -29,6 +29,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from accelerate import PartialState
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -65,7 +66,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     command = ["examples/finetune.py", *(sys.argv[1:] if args is None else args)]
     args = parse(command[1:])
     if args.output_dir is None:
-        args.output_dir = f"runs/{Path(args.model).name}-{args.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+        PartialState(cpu=args.cpu)  # processes may begin in different seconds
+        args.output_dir = broadcast(f"runs/{Path(args.model).name}-{args.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     transformers_logging.disable_progress_bar()  # every run loads the base; its bars would break ours
     session = Session(args, read_runs(args.variants))
     runs = session.runs

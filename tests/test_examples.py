@@ -542,6 +542,38 @@ def test_a_launch_with_two_processes_and_costs(folder, tmp_path):
     assert list(output.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
+def test_two_processes_read_what_one_does_and_agree_on_a_folder(folder, tmp_path):
+    """Texts of many lengths, which are padded otherwise; processes that begin in different seconds."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        rows = [{"text": " ".join(ANIMALS[:2] * (1 + 5 * i % 11)), "label": "ab"[i % 2]} for i in range(16)]
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    skewed = tmp_path / "skewed.py"
+    skewed.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom examples import finetune\n"
+        "time.sleep(1.1 * int(os.environ['RANK']))\nfinetune.main()\n"
+    )
+    flags = arguments(folder, tmp_path / "one", "--no-cost", "--controls", "none", "--dataset", str(data))
+    one = finetune.main([*flags, "--max-steps", "2", "--batch-size", "8", "--dropout", "0"])
+    place = flags.index("--output-dir")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(skewed)]
+    command += [*flags[:place], *flags[place + 2 :], "--max-steps", "2", "--dropout", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "runs").rglob("results.json")
+    for row, other in zip(one["rows"], json.loads(file.read_text())["rows"], strict=True):
+        assert other["status"] == "ok", other["error"]
+        assert row["training"]["tokens"] == other["training"]["tokens"]
+        assert row["training"]["losses"] == pytest.approx(other["training"]["losses"], abs=1e-5)
+    read = tokenize(
+        load_texts(str(data), "classification").train, [0] * 16, AutoTokenizer.from_pretrained(folder / "bert"), 24
+    )
+    assert one["rows"][0]["training"]["tokens"] == read.tokens  # each text once
+
+
 def test_the_dense_limit_trains_like_dense_over_two_lengths(folder, tmp_path):
     """Zero steps: only measured, and perplexity is the dense model's wherever the window covers the text."""
     variants = folder / "limits.yaml"
