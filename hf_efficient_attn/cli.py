@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
@@ -53,7 +54,7 @@ def options(name: Annotated[str, typer.Argument(help="a variant's name")]) -> No
     config_class = _or_exit(lambda: get_info(name)).config_class
     table = Table("hyper-parameter", "default", "meaning", title=name)
     for field, meaning in config_class.options().items():
-        table.add_row(field, repr(getattr(config_class(), field)), meaning)
+        table.add_row(field, escape(repr(getattr(config_class(), field))), escape(meaning))
     console.print(table)
 
 
@@ -121,6 +122,8 @@ def select(
     """Find the mapping of layers to variants that meets a budget on your text, for `patch_model(model, mapping)`."""
     if output is not None and not output.parent.is_dir():
         _exit(f"--output {output}: there is no folder {output.parent}; make it first.")
+    if output is not None and output.is_dir():
+        _exit(f"--output {output}: a folder is there; give the name of a file.")
     choices = _or_exit(lambda: _candidates(candidates))
     budget = _or_exit(lambda: Budget(max_loss=max_loss, max_cost=max_cost, cost=cost))
     net = _or_exit(lambda: _load(model, masked_lm, length, gguf_file, device))
@@ -143,10 +146,10 @@ def _show(found: Selection) -> None:
     named = [("chosen", found.chosen)] + [(f"{point.labels[0]} in all", point) for point in found.uniform]
     for name, point in named:
         measured = "-" if point.measured is None else f"{100 * point.measured:+.2f}"
-        table.add_row(name, f"{point.cost:.3f}", f"{100 * point.predicted:+.2f}", measured)
+        table.add_row(escape(name), f"{point.cost:.3f}", f"{100 * point.predicted:+.2f}", measured)
     console.print(table)
     for layers, config in found.mapping.items():
-        console.print(f"layers {layers}: {config.to_dict()}")
+        console.print(f"layers {layers}: {config.to_dict()}", markup=False)
     changed = {layer for layers in found.mapping for layer in layers.split(",")}
     kept = [layer for layer in dict.fromkeys(str(score.layer) for score in found.scores) if layer not in changed]
     if kept:
@@ -224,7 +227,7 @@ def _or_exit(function: Any) -> Any:
 
 
 def _exit(sentence: str, error: Exception | None = None) -> NoReturn:
-    console.print(f"[red]{sentence}[/red]", highlight=False)
+    console.print(sentence, style="red", markup=False, highlight=False)
     raise typer.Exit(2) from error
 
 

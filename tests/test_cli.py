@@ -41,6 +41,10 @@ def test_variants_and_options() -> None:
     assert code == 0 and "window" in words and "dense_below" in words
     code, words = call("options", "sliding_windows")
     assert code == 2 and "Did you mean 'sliding_window'" in words
+    code, words = call("options", "combined")
+    assert code == 0 and "[variant, share] of each part" in words  # which is no markup
+    code, words = call("options", "[/red]")
+    assert code == 2 and "unknown variant '[/red]'" in words
 
 
 def test_measure(folder) -> None:
@@ -80,6 +84,12 @@ def test_select_writes_a_mapping_that_patches(folder, tmp_path) -> None:
     assert code == 2 and "the cheapest mapping" in words
     code, words = call("select", folder, folder / "text.txt", *asked[:2], "--length", 480, "--max-loss", 0.1)
     assert code == 2 and "fewer than the 480 asked for" in words
+
+
+def test_a_folder_is_no_file_for_the_mapping(folder, tmp_path) -> None:
+    given = ["select", folder, folder / "text.txt", "--candidates", "block", "--length", 32, "--max-loss", 9]
+    code, words = call(*given, "--output", tmp_path)
+    assert code == 2 and "a folder is there" in words
 
 
 def test_one_variant_in_two_sizes(folder) -> None:
