@@ -81,7 +81,12 @@ def make_base(
         }
     if dropout is not None:
         config = AutoConfig.from_pretrained(place, **{k: v for k, v in keywords.items() if k == "gguf_file"}).to_dict()
-        keywords |= {name: dropout for name, value in config.items() if "drop" in name and isinstance(value, float)}
+        given = {
+            name for name, value in config.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        keywords |= {
+            name: dropout for name in given if "drop" in name and "layerdrop" not in name
+        }  # not of whole layers
     set_seed(seed)  # the new head's weights
     model = AUTO_CLASSES[task].from_pretrained(place, dtype=torch.float32, attn_implementation="sdpa", **keywords)
     if "gguf_file" in keywords and getattr(model, "hf_quantizer", None) is not None:

@@ -25,6 +25,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -36,7 +38,7 @@ from examples.controls import remove_attention  # noqa: E402
 from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
 from examples.metrics import classification_scores, likelihood_scores  # noqa: E402
-from examples.models import fit_positions, position_limit  # noqa: E402
+from examples.models import fit_positions, make_base, position_limit  # noqa: E402
 from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
 from examples.rates import layerwise  # noqa: E402
@@ -1094,6 +1096,22 @@ def test_text_shorter_than_a_block(folder):
         tokenize(["the cat"], None, AutoTokenizer.from_pretrained(folder / "bert"), 64)
 
 
+def test_dropout_is_of_activations_everywhere_and_of_no_layer(tmp_path):
+    shape = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    OPTForCausalLM(OPTConfig(vocab_size=20, max_position_embeddings=32, **shape)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0}))
+    given = {"labels": None, "max_length": 32, "extend": False, "seed": 0, "dropout": 0.3}
+    config = make_base(str(tmp_path), "causal-lm", None, **given).config
+    assert (config.dropout, config.attention_dropout, config.layerdrop) == (0.3, 0.3, 0.0)
+
+
 def test_length_beyond_the_positions_names_the_way_out(folder, tmp_path):
     with pytest.raises(ValueError, match=r"beyond the 64 positions .*--extend-positions .*extend_positions"):
         finetune.main([*arguments(folder, tmp_path / "out"), "--max-length", "100"])
@@ -1305,6 +1323,18 @@ def test_pretraining_from_nothing_learns_and_is_reused(tmp_path, monkeypatch):
     assert GPT2LMHeadModel.from_pretrained(folder).config.n_positions == 64
     with pytest.raises(SystemExit):
         main(["--output-dir", str(folder)])
+
+
+@pytest.mark.parametrize("wrong", ["model", "output_dir"])
+def test_what_cannot_be_opened_ends_with_a_sentence(folder, tmp_path, wrong):
+    file = tmp_path / "file"
+    file.write_text("")
+    flags = arguments(folder, file if wrong == "output_dir" else tmp_path / "out")
+    flags += ["--model", "no/such"] if wrong == "model" else []
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1
+    assert "finetune.py: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_command_line_ends_with_a_sentence(folder, tmp_path):
