@@ -401,7 +401,7 @@ def empty_row(run: RunSpec) -> dict[str, Any]:
 def progress_bars(enabled: bool) -> Progress:
     """Bars with the loss and the time left."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -416,5 +416,5 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"finetune.py: {error}")

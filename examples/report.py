@@ -113,14 +113,14 @@ def lines(results: dict[str, Any]) -> list[list[str]]:
 def print_table(results: dict[str, Any], console: Console | None = None) -> None:
     """The summary on the terminal, in 80 columns, and what failed below it."""
     console = console or Console()
-    table = Table(title=_title(results), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(_title(results)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = [i for i, head in enumerate(columns(results)) if head != "tokens/s" and not head.startswith("inference")]
     for index in shown:
         table.add_column(columns(results)[index].replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
     styles = {"dense": "bold", "control": "dim", "variant": ""}
     for row, cells in zip(results["rows"], lines(results), strict=True):
         style = styles[row["kind"]] if row["status"] == "ok" else "red"
-        table.add_row(*(cells[index] for index in shown), style=style)
+        table.add_row(*(escape(cells[index]) for index in shown), style=style)
     console.print(table)
     for sentence in _failures(results):
         console.print(f"[red]{escape(sentence)}")

@@ -1325,6 +1325,13 @@ def test_pretraining_from_nothing_learns_and_is_reused(tmp_path, monkeypatch):
         main(["--output-dir", str(folder)])
 
 
+def test_labels_in_brackets_are_shown(job, capsys):
+    results = json.loads(json.dumps(job[0]))
+    results["rows"][1]["label"] = "w [half]"
+    report.print_table(results)
+    assert "w [half]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", ["model", "output_dir"])
 def test_what_cannot_be_opened_ends_with_a_sentence(folder, tmp_path, wrong):
     file = tmp_path / "file"
