@@ -25,7 +25,17 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from examples.data import load_texts, tokenize
 from examples.embedded import MODELS
 from examples.models import fit_positions, source
-from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, seconds_ratio, show, swapped
+from examples.rows import (
+    Help,
+    add_row,
+    check_counts,
+    open_results,
+    read_variants,
+    run_program,
+    seconds_ratio,
+    show,
+    swapped,
+)
 from hf_efficient_attn.measuring import peak_memory
 
 

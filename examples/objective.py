@@ -4,8 +4,8 @@ What is computed on a batch? The loss that is trained and the figures that are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ class Objective(nn.Module):
     model does more to its logits than apply its head.
 
     `distill` > 0, for a patched model: in training the loss has so many times KL(teacher || student) added, the mean over
-    predictions. The teacher is the same weights under dense attention, adapters switched off (without adapters it moves
-    with the student).
+    predictions. The teacher is the same weights under dense attention, adapters switched off, but with the student's head where
+    that is trained as a whole: the model's own may never have been (without adapters all of it moves with the student).
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Objective(nn.Module):
 
     def _dense(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `read` gives under dense attention, without dropout."""
-        adapters = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+        adapters = _without_adapters(self.model) if hasattr(self.model, "disable_adapter") else nullcontext()
         self.model.eval()
         try:
             with torch.no_grad(), dense_attention(self.model), adapters:
@@ -105,6 +105,18 @@ class Objective(nn.Module):
 
     def _divergence(self, own: torch.Tensor, teacher: torch.Tensor, head: nn.Module) -> torch.Tensor:
         return self.distill * distillation_losses(own, teacher, head, chunk_size=self.chunk_size).mean()
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """What peft's `disable_adapter` does, but for parts that are trained as a whole."""
+    from peft.utils import ModulesToSaveWrapper
+
+    with model.disable_adapter():
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.enable_adapters(True)
+        yield
 
 
 def scores(task: str, figures: Mapping[str, torch.Tensor]) -> dict[str, float]:

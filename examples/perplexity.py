@@ -24,7 +24,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from examples.embedded import MODELS, topics_text
 from examples.models import source
-from examples.rows import Help, add_row, check_counts, open_results, read_variants, run_program, seconds_ratio, show, swapped
+from examples.rows import (
+    Help,
+    add_row,
+    check_counts,
+    open_results,
+    read_variants,
+    run_program,
+    seconds_ratio,
+    show,
+    swapped,
+)
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
 from hf_efficient_attn.hosts import base_model, find_hosts

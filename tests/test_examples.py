@@ -38,7 +38,7 @@ from examples.controls import remove_attention  # noqa: E402
 from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
 from examples.metrics import classification_scores, likelihood_scores  # noqa: E402
-from examples.models import fit_positions, make_base, position_limit  # noqa: E402
+from examples.models import add_lora, fit_positions, load_tokenizer, make_base, position_limit  # noqa: E402
 from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
 from examples.rates import layerwise  # noqa: E402
@@ -829,6 +829,22 @@ def test_a_layer_that_got_worse_goes_back(peaked, tmp_path, rate):
         assert found["undone"] == [] and found["shortened"] == [0, 1]
         for before, after in zip(found["errors_before"], found["errors"], strict=True):
             assert after["error"] < 0.85 * before["error"]
+
+
+def test_the_teacher_of_a_classifier_has_the_head_that_is_trained(folder):
+    """Under adapters peft keeps the first one beside it, of which nobody has ever asked anything."""
+    name = str(folder / "bert")
+    base = make_base(
+        name, "classification", load_tokenizer(name), labels=[*"abcd"], max_length=24, extend=False, seed=0, dropout=0.0
+    )
+    model = add_lora(patch_model(base, "flash"), "classification", 2, ["query"], [])
+    for part, parameter in model.named_parameters():
+        if part.endswith("classifier.modules_to_save.default.bias"):
+            parameter.data = torch.tensor([5.0, 0.0, 0.0, 0.0])
+    ids = torch.randint(5, 9, (3, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
+    losses = [float(Objective(model, "classification", distill=w).train()(batch)["loss"]) for w in (0.0, 1.0)]
+    assert losses[0] > 1.0 and abs(losses[1] - losses[0]) < 1e-5  # an exact variant, adapters as they begin
 
 
 def test_distillation_pulls_the_loss_towards_the_dense_model(folder, tmp_path):

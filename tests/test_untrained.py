@@ -309,12 +309,12 @@ def test_onnx_files(folder, tmp_path) -> None:
     for module in ("onnxscript", "onnxruntime"):
         pytest.importorskip(module)
     given = ["--model", str(folder / "bert"), "--length", "96", "--repeats", "1", "--keep", str(tmp_path / "kept")]
-    given += ["--output", str(tmp_path / "a.json"), "--variants", "block", "topk_blocks"]
+    given += ["--output", str(tmp_path / "a.json"), "--variants", "block", "lsh"]
     rows = {row["label"]: row for row in export_onnx.main(given)["rows"]}
-    assert "depends on the numbers" in rows["topk_blocks"]["error"]
+    assert "depends on the numbers" in rows["lsh"]["error"]
     for name in ("dense", "block"):
         assert rows[name]["apart"] < 1e-5 and rows[name]["seconds_ratio"] > 0 and rows[name]["run_bytes"] >= 0
         assert (tmp_path / "kept" / f"{name}.onnx").stat().st_size == rows[name]["file_bytes"]
     again = export_onnx.main([*given, "flash"])["rows"]
-    assert [row["label"] for row in again] == ["dense", "block", "topk_blocks", "flash"]
+    assert [row["label"] for row in again] == ["dense", "block", "lsh", "flash"]
     assert again[:3] == list(rows.values())
