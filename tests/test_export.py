@@ -18,6 +18,7 @@ BY_DATA |= {"mixture_of_heads", "mixture_of_depths"}
 REFUSED = {"bert": BY_DATA, "gpt2": BY_DATA | {"sinkhorn", "performer", "rfa"}}
 CASES = [(name, variant) for name in REFUSED for variant in available_variants("attention")]
 LENGTH = 150
+SHARP = 30.0  # makes logits of hundreds, as trained models have, whose exponentials are no float32
 pytestmark = pytest.mark.slow  # some seconds per model
 
 
@@ -52,12 +53,12 @@ def largest(program: torch.export.ExportedProgram) -> int:
 
 
 @torch.no_grad()
-def close(run, model: Reader) -> None:
+def close(run, model: Reader, tolerance: float = 1e-4) -> None:
     for pad, seed in (("right", 0), ("left", 1), ("none", 2)):
         texts = given(pad, seed)
         real = texts[1].bool()
         got, want = torch.as_tensor(run(*texts))[real], model(*texts)[real]
-        assert (got - want).abs().max() < 1e-4 * want.abs().max(), pad
+        assert (got - want).abs().max() < tolerance * want.abs().max(), pad
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -88,8 +89,12 @@ def test_onnx(variant: str, tmp_path: Path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = Reader("bert", variant)
+    for name, parameter in model.named_parameters():
+        if name.endswith("query.weight"):
+            parameter.data *= SHARP
     names = ["input_ids", "attention_mask"]
     with torch.no_grad():
         torch.onnx.export(model, given("right"), tmp_path / "model.onnx", dynamo=True, input_names=names, verbose=False)
     session = runtime.InferenceSession(tmp_path / "model.onnx")
-    close(lambda *texts: session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0], model)
+    run = lambda *texts: session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0]
+    close(run, model, 1e-3 if variant == "nystrom" else 1e-4)  # whose inverse makes much of rounding

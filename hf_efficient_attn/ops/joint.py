@@ -89,7 +89,7 @@ class Part:
         if output is None:
             output, total = torch.zeros_like(outs[..., 0, :]), torch.full_like(lses[..., 0], float("-inf"))
         for c in range(lses.shape[-1]):
-            joined = torch.logaddexp(total, lses[..., c])
+            joined = log_add(total, lses[..., c])
             safe = joined.masked_fill(joined == float("-inf"), 0.0)
             output.mul_(torch.exp(total - safe)[..., None])
             output.addcmul_(outs[..., c, :], torch.exp(lses[..., c] - safe)[..., None])
@@ -214,6 +214,14 @@ class _Joint(torch.autograd.Function):
                     grads[place] = grads[place] + given
         grads = [g if g is None else g.to(dtype) for g, dtype in zip([grad_query, *grads], dtypes, strict=True)]
         return grads[0], None, None, None, *grads[1:]
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), which ONNX would compute as it is written and overflow."""
+    if not torch.compiler.is_exporting():
+        return torch.logaddexp(a, b)
+    high = torch.maximum(a, b)
+    return torch.where(high == float("-inf"), high, high + torch.log1p(torch.exp(torch.minimum(a, b) - high)))
 
 
 def _with_gradient_of_lse(grad: Tensor, output: Tensor, of_lse: Tensor) -> tuple[Tensor, Tensor]:
