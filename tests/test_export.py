@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,5 +97,8 @@ def test_onnx(variant: str, tmp_path: Path):
     with torch.no_grad():
         torch.onnx.export(model, given("right"), tmp_path / "model.onnx", dynamo=True, input_names=names, verbose=False)
     session = runtime.InferenceSession(tmp_path / "model.onnx")
-    run = lambda *texts: session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0]
+
+    def run(*texts: Tensor) -> np.ndarray:
+        return session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0]
+
     close(run, model, 1e-3 if variant == "nystrom" else 1e-4)  # whose inverse makes much of rounding

@@ -40,3 +40,9 @@ def test_every_fine_tune_has_its_report() -> None:
         results = json.loads(file.read_text(encoding="utf-8"))
         text = report.markdown(results)
         assert all(row["label"] in text for row in results["rows"]), file
+
+
+def test_exported_models_gave_what_pytorch_gives() -> None:
+    rows = json.loads((ROOT / "results" / "onnx.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) > 10
+    assert not [row["label"] for row in rows if not row.get("apart", 0.0) <= 1e-4]
