@@ -228,7 +228,7 @@ def tokenize(
     blocks of exactly `max_length` tokens; the rest is dropped. `limit` keeps that many examples, chosen by the seed.
 
     Raises:
-        ValueError: the texts together are shorter than one block.
+        ValueError: the texts together are shorter than one block, or a block has nothing to predict.
     """
     if labels is not None:
         chosen = _choose(len(texts), limit, seed)
@@ -242,6 +242,9 @@ def tokenize(
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         stream += [*ids, *end]
     size = max_length - len(first) - len(last)
+    least = len(first) + len(last) + (1 if first else 2)  # one token is masked; the second follows from the first
+    if max_length < least:
+        raise ValueError(f"--max-length {max_length} leaves no token to predict; give {least} or more.")
     blocks = [[*first, *stream[i : i + size], *last] for i in range(0, len(stream) - size + 1, size)]
     if not blocks:
         raise ValueError(

@@ -184,7 +184,8 @@ def recover_run(
                     folder.mkdir(parents=True, exist_ok=True)
                     states = {number: variants[number].state_dict() for number in block}
                     saved["states"] = {n: {name: x.cpu() for name, x in state.items()} for n, state in states.items()}
-                    torch.save(saved, kept)
+                    torch.save(saved, kept.with_suffix(".new"))  # whole before it has its name
+                    kept.with_suffix(".new").replace(kept)
                     shutil.rmtree(folder / "transfer", ignore_errors=True)
             session.accelerator.wait_for_everyone()
         worse = shorter = worse_layers(chosen, found["errors_before"], errors_of(model, probe))

@@ -1110,6 +1110,11 @@ def test_text_shorter_than_a_block(folder):
 
     with pytest.raises(ValueError, match="shorter than the 64 asked for"):
         tokenize(["the cat"], None, AutoTokenizer.from_pretrained(folder / "bert"), 64)
+    for special, length, least in (({}, 2, 3), ({"cls_token": None}, 1, 2)):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "bert", **special)
+        with pytest.raises(ValueError, match=f"max-length {length} leaves no token to predict; give {least} or more"):
+            tokenize(["the cat"] * 9, None, tokenizer, length)
+        assert tokenize(["the cat"] * 9, None, tokenizer, least).rows
 
 
 def test_dropout_is_of_activations_everywhere_and_of_no_layer(tmp_path):
