@@ -36,7 +36,7 @@ from .rows import shift
 SCORES = 2**16  # scores that exist at one time on a CPU
 FEW = 8  # queries that are not worth a call for each head
 COPIED = 2**24  # numbers of keys that are copied at one time where all shapes are fixed
-SLOTS = {"cpu": 3072, "cuda": 2**18}  # queries copied at one time
+SLOTS = 3072  # queries copied at one time on a CPU
 SAFE = 1e25  # a sum of weights up to here overflows nothing; beyond, r_i is raised to the largest logit
 
 
@@ -291,9 +291,9 @@ class ChosenBlocks:
         The pairs as queries (n, T) int64 and blocks (n,) int64: all queries of a line read one block. `rows` stands in a
         slot that no query fills.
         """
-        device, block_size = self.key.device, self.block_size
+        device, block_size, dim = self.key.device, self.block_size, self.key.shape[3]
         # Lines of at most `most` queries, the longest first, so that those of one tile are about as long.
-        most = SLOTS.get(device.type, SLOTS["cuda"])
+        most = at_once(SLOTS * dim, device) // dim
         lines = (self.counts + most - 1) // most
         blocks = torch.repeat_interleave(torch.arange(len(lines), device=device), lines)
         done = (torch.arange(len(blocks), device=device) - (lines.cumsum(0) - lines)[blocks]) * most
