@@ -54,12 +54,12 @@ def largest(program: torch.export.ExportedProgram) -> int:
 
 
 @torch.no_grad()
-def close(run, model: Reader, tolerance: float = 1e-4) -> None:
+def close(run, model: Reader) -> None:
     for pad, seed in (("right", 0), ("left", 1), ("none", 2)):
         texts = given(pad, seed)
         real = texts[1].bool()
         got, want = torch.as_tensor(run(*texts))[real], model(*texts)[real]
-        assert (got - want).abs().max() < tolerance * want.abs().max(), pad
+        assert (got - want).abs().max() < 1e-4 * want.abs().max(), pad
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -91,7 +91,7 @@ def test_onnx(variant: str, tmp_path: Path):
     runtime = pytest.importorskip("onnxruntime")
     model = Reader("bert", variant)
     for name, parameter in model.named_parameters():
-        if name.endswith("query.weight"):
+        if name.endswith("query.weight") and variant != "nystrom":  # whose inverse makes much of rounding there
             parameter.data *= SHARP
     names = ["input_ids", "attention_mask"]
     with torch.no_grad():
@@ -101,4 +101,4 @@ def test_onnx(variant: str, tmp_path: Path):
     def run(*texts: Tensor) -> np.ndarray:
         return session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0]
 
-    close(run, model, 1e-3 if variant == "nystrom" else 1e-4)  # whose inverse makes much of rounding
+    close(run, model)

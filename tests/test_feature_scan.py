@@ -83,7 +83,9 @@ def test_the_kernel_is_the_scan(calls, monkeypatch, length, kv_heads, dim, confi
     assert not calls
     for got, want, *others in zip(ours, exact, *theirs, strict=True):
         error = max((other - want).abs().max() for other in others)
-        own = 1e-5 if gated(config) else 3e-6
+        own = (
+            1e-5 if gated(config) and length <= 32 else 3e-6
+        )  # both chunk sizes are one there, a single sample of an error
         assert (got - want).abs().max() <= 3 * error + own * want.abs().max() + 1e-6
         assert error < 1e-3 * want.abs().max()
 
