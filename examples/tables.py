@@ -10,7 +10,7 @@ A table stands between `<!-- table: KIND LABEL; LABEL; ... -->` and `<!-- end --
   `onnx`: of export_onnx.py; `passkey`, `passkey_blocks`: of passkey.py; `speed`, `decoding`: of benchmarks/attention.py
   and decoding.py
 - `kernels`: the label is a file of results of benchmarks/attention.py, beside which `..._pytorch` has those without kernels
-- `finetune`: the label is a folder of results of examples/finetune.py
+- `finetune`: the first label is a folder of results of examples/finetune.py, the others are its rows
 - `choose`: the label is a file of results of examples/choose.py or choose_encoder.py
 """
 
@@ -125,9 +125,10 @@ def _finetune(name: str, labels: list[str]) -> str:
     metric = results["metric"]
     stages = [stage for stage in ("before", "recovered", "after") if any(row.get(stage) for row in results["rows"])]
     lines = [["", *(f"{metric} {stage}" for stage in stages), "lost", "tokens of transfer", "of fine-tuning"]]
-    for row in results["rows"]:
-        if row["before"] is None:  # measured for its cost only
-            continue
+    rows = {
+        row["label"]: row for row in results["rows"] if row["before"] is not None
+    }  # else measured for its cost only
+    for row in [rows[label] for label in labels[1:] or rows]:
         name = row["label"] if row["status"] == "ok" else f"{row['label']} ({row['status']})"
         stage = "after" if row["after"] else "before"
         tokens = ((row[part] or {}).get("tokens") or 0 for part in ("recovery", "training"))

@@ -1,4 +1,4 @@
-"""What the README says of the variants is what the registry holds, and its code runs."""
+"""What README and docs say of the variants is what the registry holds, their links lead somewhere, and README's code runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from hf_efficient_attn import available_variants, describe, patch_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINK = re.compile(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)")
+VARIANTS = (ROOT / "docs" / "variants" / "README.md").read_text(encoding="utf-8")
 
 
 def table_rows() -> dict[str, list[str]]:
-    section = README.split("\n## Variants\n")[1].split("\n## ")[0]
+    section = VARIANTS.split("\n## All variants\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if re.match(r"\| `\w+` \|", line)]
     return {row[0].strip().strip("`"): [cell.strip() for cell in row[1:]] for row in rows}
 
@@ -29,19 +31,26 @@ def test_every_variant_has_its_row() -> None:
         paper, state = rows[name][1], rows[name][4]
         cited = set(re.findall(r"\d{4}\.\d{5}", info.paper))
         assert cited <= set(re.findall(r"\d{4}\.\d{5}", paper)), (
-            f"{name}: the README cites {paper}, not all of {info.paper}"
+            f"{name}: the page cites {paper}, not all of {info.paper}"
         )
         if info.module_class.constant_state:
-            assert "N" not in state, f"{name}: the README's state {state!r} grows, the variant's does not"
+            assert "N" not in state, f"{name}: the page's state {state!r} grows, the variant's does not"
         else:
-            assert re.search("N|part", state), f"{name}: the README's state {state!r} does not grow, the variant's does"
+            assert re.search("N|part", state), f"{name}: the page's state {state!r} does not grow, the variant's does"
 
 
-def test_links_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), f"{link} does not exist"
+def test_links_lead_somewhere() -> None:
+    """To files that exist, and to headings that their pages have."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
+    links = [(page, link) for page in pages for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    assert len(links) > 20
+    for page, (path, heading) in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {path} does not exist"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert heading in known, f"{page.name}: {target.name} has no heading {heading}"
 
 
 def test_python_blocks_run(tmp_path) -> None:
