@@ -3,14 +3,19 @@ The loss of a causal language model without its logits: cross-entropy in chunks 
 
 For T positions of width E and a vocabulary of V, the logits, their float32 copy and their gradient are three tensors
 of T x V, and for long texts they are most of a training step's memory (8,192 x 49,152 in float32: 1.6 GB each). Here
-nll_t = logsumexp_v(h_t W_v) - h_t W_{y_t} is computed for `chunk_size` positions at a time and each chunk's logits
-are recomputed in the backward pass: memory chunk_size x V, one more product with the head.
+nll_t = logsumexp_v(h_t W_v) - h_t W_{y_t} is computed for `chunk_size` positions at a time: memory chunk_size x V. Where the
+head learns, each chunk's logits are recomputed in the backward pass, one more product with the head. Where it does not, as
+under adapters, d nll_t / d h_t is all that a backward pass can ask for and is computed at once, while the logits are there
+(Hsu 2024, Liger Kernel, arXiv:2410.10989, section 3.2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +24,7 @@ from .modes import evaluating
 IGNORED = -100  # the label of a position that is not predicted
 
 
-def positions_at_once(hidden: torch.Tensor) -> int:
+def positions_at_once(hidden: Tensor) -> int:
     """
     How many positions' logits to hold where nobody says: 1,024, on a CPU 128. Logits of more are memory that the allocator
     takes from the system each time, and new pages cost more than the product.
@@ -27,9 +32,7 @@ def positions_at_once(hidden: torch.Tensor) -> int:
     return 128 if hidden.device.type == "cpu" else 1024
 
 
-def chunked_cross_entropy(
-    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk_size: int | None = None
-) -> torch.Tensor:
+def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk_size: int | None = None) -> Tensor:
     """
     The negative log-likelihood of each label, in nats and float32; 0 where the label is -100.
 
@@ -45,28 +48,64 @@ def chunked_cross_entropy(
     Raises:
         ValueError: `chunk_size` below 1, or shapes that do not fit.
     """
-    chunk_size = positions_at_once(hidden) if chunk_size is None else chunk_size
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size}: at least 1 position.")
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}: expected (T, E) and (T,); flatten the batch first."
         )
 
-    def loss(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def losses(part: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(head(part).float(), target, reduction="none", ignore_index=IGNORED)
 
-    parts = zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
-    return torch.cat([checkpoint(loss, part, target, use_reentrant=False) for part, target in parts])
+    return in_chunks(losses, hidden, labels, head, chunk_size)
+
+
+def in_chunks(
+    losses: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, target: Tensor, head: nn.Module, chunk_size: int | None
+) -> Tensor:
+    """
+    `losses` of some positions at a time, hidden (t, E) and target (t, ...) -> (t,), each of its own position alone, without
+    their logits, which `head` makes of `hidden`.
+    """
+    chunk_size = positions_at_once(hidden) if chunk_size is None else chunk_size
+    parts = zip(hidden.split(chunk_size), target.split(chunk_size), strict=True)
+    learns = [parameter.requires_grad for parameter in head.parameters()]
+    if not learns or any(learns):  # without parameters a gradient is as large as the logits, which are there already
+        found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    else:
+        found = [_Graded.apply(*part, losses) for part in parts]
+    return torch.cat(found)
+
+
+class _Graded(torch.autograd.Function):
+    """Losses (t,) of hidden (t, E), which keep their gradients (t, E) in place of logits."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, target: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return losses(hidden, target)
+        with torch.enable_grad():
+            own = hidden.detach().requires_grad_()
+            found = losses(own, target)
+            (gradient,) = torch.autograd.grad(found.sum(), own)
+        ctx.save_for_backward(gradient)
+        return found.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer.unsqueeze(1)).to(gradient.dtype), None, None
 
 
 def causal_lm_losses(
     model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
-    hidden: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """
     The negative log-likelihood of every token given those before it, by a Transformers model for causal language
     modelling.
@@ -96,7 +135,7 @@ def causal_lm_losses(
 
 
 @torch.no_grad()
-def has_plain_head(model: nn.Module, input_ids: torch.Tensor, tokens: int = 16) -> bool:
+def has_plain_head(model: nn.Module, input_ids: Tensor, tokens: int = 16) -> bool:
     """
     Whether the logits of this model are its output embedding applied to its body's last hidden state.
 

@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .dispatch import CHILD
 from .hosts import base_model, find_hosts
-from .losses import positions_at_once
+from .losses import in_chunks
 from .modes import evaluating
 from .ops.exact import exact_attention
 from .ops.rows import Rows
@@ -306,7 +305,7 @@ def distillation_losses(
     """
     KL(teacher || student) of each position's token distribution in nats, times temperature^2 (Hinton 2015, arXiv:1503.02531):
     hidden and teacher_hidden (T, E) -> (T,). Both go through `head`, (t, E) -> (t, V), `chunk_size` positions at a time,
-    and the student's logits are made again in the backward pass.
+    and no logits are kept (`hf_efficient_attn.losses`).
     """
 
     def losses(own: Tensor, other: Tensor) -> Tensor:
@@ -315,6 +314,4 @@ def distillation_losses(
         log_p = (head(own).float() / temperature).log_softmax(-1)
         return (target.exp() * (target - log_p)).sum(-1) * temperature**2
 
-    chunk_size = positions_at_once(hidden) if chunk_size is None else chunk_size
-    pairs = zip(hidden.split(chunk_size), teacher_hidden.split(chunk_size), strict=True)
-    return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])
+    return in_chunks(losses, hidden, teacher_hidden, head, chunk_size)

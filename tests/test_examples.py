@@ -978,6 +978,32 @@ def test_chunked_loss_equals_the_models_own_and_holds_less():
         chunked_cross_entropy(torch.zeros(2, 3, 4), torch.nn.Identity(), torch.zeros(2, 3, dtype=torch.long))
 
 
+def test_a_head_that_does_not_learn_is_applied_once():
+    """Losses and gradients of hidden states are those of a head that learns, whatever each loss is weighed by."""
+    from hf_efficient_attn.losses import IGNORED, chunked_cross_entropy
+    from hf_efficient_attn.recovery import distillation_losses
+
+    head = torch.nn.Linear(16, 50, bias=False)
+    labels = torch.randint(50, (20,))
+    labels[3] = IGNORED
+    teacher, weights = torch.randn(20, 16), torch.rand(20)
+    calls: list[int] = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    for losses, of_teacher in ((chunked_cross_entropy, 0), (distillation_losses, 3)):
+        found = []
+        for learns in (True, False):
+            head.requires_grad_(learns)
+            hidden = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            given = (hidden, head, labels) if losses is chunked_cross_entropy else (hidden, teacher, head)
+            calls.clear()
+            values = losses(*given, chunk_size=7)
+            (values * weights).sum().backward()
+            found.append((values.detach(), hidden.grad))
+            assert len(calls) == (6 + 2 * of_teacher if learns else 3 + of_teacher)
+        torch.testing.assert_close(*found)
+        assert not found[0][1][4].equal(torch.zeros(16))
+
+
 def test_a_model_that_caps_its_logits_is_not_chunked():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
