@@ -122,10 +122,10 @@ def one_run(session: Session, run: RunSpec, bars: Progress) -> dict[str, Any]:
             schedule = session.schedule(train_examples, recipe.examples(accelerator.num_processes), shuffle=True)
             row["training"] = train_run(session, run.label, run.folder, objective, schedule, recipe, bars, task)
             row["after"] = evaluate_run(session, objective, eval_examples, bars, task, f"{run.label}: after")
-            if (args.save_models or args.push_to_hub) and run.kind != "control" and accelerator.is_main_process:
-                keep = model_folder(session.folder, run.label)
-                models.merged(objective.model).save_pretrained(keep)
-                session.tokenizer.save_pretrained(keep)
+        if (args.save_models or args.push_to_hub) and run.kind != "control" and accelerator.is_main_process:
+            keep = model_folder(session.folder, run.label)
+            models.merged(objective.model).save_pretrained(keep)
+            session.tokenizer.save_pretrained(keep)
     except Diverged as error:
         kept = checkpoint_folder(session.folder / run.folder)
         words = f"; its last checkpoint is {kept}" if kept.exists() else ""
@@ -356,7 +356,7 @@ def measure_costs(session: Session, bars: Progress) -> None:
 
 
 def push(session: Session) -> None:
-    """Pushes every fine-tuned variant, its tokenizer, its model card and the results it was made from."""
+    """Pushes the model of every variant, its tokenizer, its model card and the results it was made from."""
     import transformers
     from huggingface_hub import HfApi
 

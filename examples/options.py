@@ -170,11 +170,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint-every", type=int, default=0, help="steps between checkpoints of the run in progress; 0 makes none"
     )
-    add("--save-models", action="store_true", help="keep the fine-tuned model of every variant")
+    add(
+        "--save-models",
+        action="store_true",
+        help="keep the model of dense and of every variant, as its training left it",
+    )
     add(
         "--push-to-hub",
         metavar="REPO",
-        help="push every fine-tuned variant, with tokenizer and model card, to REPO (REPO-<label> if there are several)",
+        help="push the model of every variant, with tokenizer and model card, to REPO (REPO-<label> if there are several)",
     )
     add("--trackers", nargs="*", default=[], help="of Accelerate, as tensorboard or trackio")
     add("--quiet", action="store_true", help="no progress bars")

@@ -221,12 +221,12 @@ def check_models(folder: Path) -> None:
 
 
 def rows_to_push(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of fine-tuned variants."""
-    return [row for row in rows if row["kind"] == "variant" and row["status"] == "ok" and row["after"]]
+    """The rows of variants that went well."""
+    return [row for row in rows if row["kind"] == "variant" and row["status"] == "ok"]
 
 
 def model_folder(folder: Path, label: str) -> Path:
-    """Where a run's fine-tuned model is kept."""
+    """Where a run's model is kept."""
     return folder / RunSpec(label, "variant").folder / "model"
 
 

@@ -96,7 +96,7 @@ def _metadata(results: dict[str, Any], row: dict[str, Any], names: list[str]) ->
             metric_name=metric.replace("_", " "),
             metric_value=value,
         )
-        for metric, value in (row["after"] or row["before"]).items()
+        for metric, value in (_after(row) or row["before"]).items()
     ]
     return ModelCardData(
         base_model=results["model"].get("base_model"),
@@ -158,21 +158,28 @@ def _comparisons(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str,
 
 
 def _quality(results: dict[str, Any], row: dict[str, Any]) -> str:
-    metrics = list(row["before"] or row["after"])
+    metrics = list(row["before"] or _after(row))
     header = ["", *(f"{metric.replace('_', ' ')} {when}" for metric in metrics for when in ("before", "after"))]
     lines = []
     for other in _comparisons(results, row):
         if other["status"] == "ok" and other["before"] is None and other["after"] is None:
             continue  # measured for its cost only
-        values = [(other[when] or {}).get(metric) for metric in metrics for when in ("before", "after")]
+        values = [(figures or {}).get(metric) for metric in metrics for figures in (other["before"], _after(other))]
         name = f"**{other['label']}**" if other is row else other["label"]
         failed = "" if other["status"] == "ok" else f" ({other['status']})"
         lines.append([name + failed, *map(_number, values)])
+    recovered = row["after"] is None and row.get("recovered")
+    training = "attention transfer, without fine-tuning," if recovered else "fine-tuning"
     text = (
-        f"Before and after fine-tuning on `{results['dataset']['name']}`, same seed, steps and data for every row. "
+        f"Before and after {training} on `{results['dataset']['name']}`, same seed, steps and data for every row. "
         "Zero attention replaces what attention puts out by zeros: what the model can do without any."
     )
     return f"{text}\n\n{_table(header, lines)}"
+
+
+def _after(row: dict[str, Any]) -> dict[str, float] | None:
+    """What was measured after all training that the row had."""
+    return row["after"] or row.get("recovered")
 
 
 def _cost(results: dict[str, Any], row: dict[str, Any]) -> str:
@@ -202,18 +209,22 @@ def _cost(results: dict[str, Any], row: dict[str, Any]) -> str:
 def _provenance(results: dict[str, Any], row: dict[str, Any]) -> str:
     recipe = results["recipe"]
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
-    facts = [f"{recipe['steps']:,} steps of {recipe['examples_per_step']} examples, seed {results['seed']}."]
+    steps = (
+        f"{recipe['steps']:,} steps of {recipe['examples_per_step']} examples" if recipe["steps"] else "No fine-tuning"
+    )
+    facts = [f"{steps}, seed {results['seed']}."]
     if recipe["warm_start_steps"]:
         facts.append(
             f"The dense model had {recipe['warm_start_steps']:,} steps before its attention was replaced; 'before' is "
             "measured there."
         )
     if tokens := (row.get("recovery") or {}).get("tokens"):
+        when, part = ("these steps", ", which is part of 'after'") if recipe["steps"] else ("'after'", "")
         facts.append(
-            f"Between 'before' and these steps the variant's own parameters learned their layers' dense attention on "
-            f"{tokens:,} tokens, which is part of 'after'."
+            f"Between 'before' and {when} the variant's own parameters learned their layers' dense attention on "
+            f"{tokens:,} tokens{part}."
         )
-    if rank := recipe.get("lora_rank"):
+    if recipe["steps"] and (rank := recipe.get("lora_rank")):
         facts.append(
             f"The steps train adapters of rank {rank} and what the variant adds; all other weights stand still."
         )

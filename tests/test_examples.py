@@ -667,6 +667,38 @@ def test_two_processes_recover_as_one_does(peaked, tmp_path):
     assert all(b["error"] < a["error"] for a, b in zip(ours["errors_before"], ours["errors"], strict=True))
 
 
+def test_a_transfer_without_fine_tuning_leaves_a_model(peaked, tmp_path):
+    """The one that `recovered` was measured on; and it can be pushed."""
+    variants, out = peaked / "kept.yaml", tmp_path / "out"
+    small = {
+        "variant": "linformer",
+        "rank": 4,
+        "max_length": 24,
+        "segment_size": 4,
+        "num_sinks": 1,
+        "exact_segments": 0,
+    }
+    variants.write_text(yaml.safe_dump({"learns": small}))
+    more = ["--no-cost", "--controls", "zero", "--variants", str(variants), "--max-steps", "0", "--save-models"]
+    more += ["--recover", str(30 * 4 * 24), "--recover-learning-rate", "0.1"]
+    results = finetune.main(arguments(peaked, out, *more, model="gpt2", task="causal-lm"))
+    row = rows_of(results)["learns"]
+    assert row["status"] == "ok" and row["after"] is None and row["recovery"]["undone"] == []
+    losses = {}
+    for label in ("learns", "dense"):
+        model = AutoModelForCausalLM.from_pretrained(out / label / "model").eval()
+        data = load_texts(str(peaked / "data"), "causal-lm")
+        rows = tokenize(data.test, None, AutoTokenizer.from_pretrained(out / label / "model"), 24).rows
+        with torch.no_grad():
+            ids = torch.tensor([row["input_ids"] for row in rows])
+            losses[label] = float(model(ids, labels=ids).loss)
+    assert losses["learns"] == pytest.approx(row["recovered"]["loss"], rel=1e-6)
+    assert row["before"]["loss"] != pytest.approx(row["recovered"]["loss"], rel=1e-5)
+    assert losses["dense"] == pytest.approx(rows_of(results)["dense"]["before"]["loss"], rel=1e-6)
+    assert not (out / "zero_attention").exists()
+    assert [row["label"] for row in session.rows_to_push(results["rows"])] == ["learns"]
+
+
 def test_layers_learn_block_by_block(peaked, tmp_path):
     variants = peaked / "blocks.yaml"
     small = {

@@ -165,6 +165,20 @@ def test_a_row_that_was_not_fine_tuned_reports_what_it_has(results):
     assert ModelCard(card).data.eval_results[0].metric_value == 0.1699
 
 
+def test_a_row_of_a_transfer_alone_reports_what_it_came_to(results):
+    for each in results["rows"]:
+        each["after"] = None
+    mixture = next(each for each in results["rows"] if each["label"] == "mixture")
+    mixture |= {"recovery": {"tokens": 61440}, "recovered": {"accuracy": 0.7333, "macro_f1": 0.7222}}
+    results["recipe"]["steps"] = 0
+    card = model_card(results, "mixture")
+    assert "| **mixture** | 0.1699 | 0.7333 | 0.1599 | 0.7222 |" in card
+    assert ModelCard(card).data.eval_results[0].metric_value == 0.7333
+    assert "Before and after attention transfer, without fine-tuning" in card and "after fine-tuning" not in card
+    assert "own parameters learned their layers' dense attention on 61,440 tokens" in card
+    assert "No fine-tuning, seed 7" in card and "these steps" not in card
+
+
 def test_what_cannot_be_published_says_why(results):
     with pytest.raises(
         ValueError, match=r"no row is labelled 'linformre'; the labels are: 'dense', 'dense .eager.', 'zero"
