@@ -6,8 +6,8 @@ Which variant for which layer: chosen on one text, judged on another.
 
 `hf_efficient_attn.select_variants` finds the mapping on the first `--windows` stretches of the one text. The other text
 gives the perplexity of dense attention, of the chosen mapping, and of every candidate in all layers; the file holds them
-with in how many layers (or heads) each candidate stands, the share of dense attention's FLOPs, time, memory and decoder
-state, and the curve of non-dominated mappings.
+with in how many layers (or heads) each candidate stands, the share of dense attention's FLOPs, time, memory and, of
+a decoder, state, and the curve of non-dominated mappings.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def add_rows(
         with swapped(model, mapping):
             row = measured()
         row |= {"label": label, "places": {name: labels.count(name) for name in dict.fromkeys(labels)}}
-        row["share"] = {kind: sum(found.costs[kind][name] for name in labels) / places for kind in COSTS}
+        row["share"] = {kind: sum(found.costs[kind][name] for name in labels) / places for kind in found.costs}
         row |= judge(row, results["rows"][0] if results["rows"] else row)
         row["rise_percent_where_chosen"] = _percent(rise)
         add_row(results, row, output)
@@ -121,13 +121,14 @@ def _percent(rise: float | None) -> float | None:
 
 def show(results: dict, metric: str, lost: str) -> None:
     table = Table(title="what was lost where it was judged, and of exp(loss) where it was chosen; costs beside dense's")
-    for name in ("mapping", metric, "lost", "chosen on", *COSTS):
+    costs = list(results["rows"][0]["share"])  # an encoder keeps no state
+    for name in ("mapping", metric, "lost", "chosen on", *costs):
         table.add_column(name, justify="left" if name == "mapping" else "right")
     for row in results["rows"]:
         label = escape(row["label"])
         if label == "chosen":
             label += ": " + ", ".join(f"{n} x {escape(name)}" for name, n in row["places"].items())
-        cells = [f"{row['share'][kind]:.2f}" for kind in COSTS]
+        cells = [f"{row['share'][kind]:.2f}" for kind in costs]
         table.add_row(
             label, f"{row[metric]:.3f}", f"{row[lost]:+.1f}", f"{row['rise_percent_where_chosen']:+.1f} %", *cells
         )

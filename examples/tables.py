@@ -141,12 +141,13 @@ def _finetune(name: str, labels: list[str]) -> str:
 def _choose(name: str, labels: list[str]) -> str:
     results = json.loads((ROOT / "results" / f"{labels[0]}.json").read_text(encoding="utf-8"))
     metric = "perplexity" if "perplexity" in results["rows"][0] else "accuracy"
-    lines = [["", metric, "lost", "FLOPs", "time", "state"]]
+    costs = ("flops", "time", *(("state",) if metric == "perplexity" else ()))  # which encoders do not keep
+    lines = [["", metric, "lost", *("FLOPs" if kind == "flops" else kind for kind in costs)]]
     for row in results["rows"]:
         places = ", ".join(f"{count} x `{label}`" for label, count in row["places"].items())
         name = f"chosen: {places}" if row["label"] == "chosen" else f"`{row['label']}`"
         lost = f"{row['rise_percent']:+.1f} %" if metric == "perplexity" else f"{row['lost_points']:+.1f} points"
-        shares = [f"{row['share'][kind]:.2f}" for kind in ("flops", "time", "state")]
+        shares = [f"{row['share'][kind]:.2f}" for kind in costs]
         lines.append([name, number(row[metric]), lost, *shares])
     return _table(lines) + f"\nShares of dense attention's. Made by `{results['command']}`.\n"
 

@@ -128,7 +128,7 @@ class Selection:
     The result. `mapping` is what `patch_model` takes (layers that stay dense are left out, so it may be empty); `chosen` is
     its point; `curve` holds the non-dominated mappings by rising cost, `uniform` each candidate in all layers, measured;
     `scores` every candidate in every layer or head; `costs` each candidate's share of dense attention's cost, by kind of cost,
-    without memory on devices that do not tell it.
+    without memory on devices that do not tell it, and without state where no layer keeps one.
     """
 
     mapping: dict[str, EfficientAttentionConfig]
@@ -207,7 +207,8 @@ def select_variants(
     hosts = find_hosts(base)
     shapes = [hosts[number].shape for number in parse_layers(layers, len(hosts))]
     table = _labelled(base, candidates, layers, shapes if per_head else [])
-    if "state" in budget.costs and not any(shape.causal for shape in shapes):
+    decodes = any(shape.causal for shape in shapes)
+    if "state" in budget.costs and not decodes:
         raise ValueError(
             f"{type(base).__name__} keeps no decoder state that could be a cost; leave it out of the budget."
         )
@@ -218,9 +219,8 @@ def select_variants(
             raise ValueError(
                 f"the dense model's loss on this text is {dense_loss}, which nothing can be compared with."
             )
-        measured = [
-            name for name in COSTS if name in budget.costs or name != "memory" or device.type in ("cpu", "cuda")
-        ]
+        told = {"memory": device.type in ("cpu", "cuda"), "state": decodes}
+        measured = [name for name in COSTS if name in budget.costs or told.get(name, True)]
         costs = {name: _costs(name, table, shapes, length, next(model.parameters())) for name in measured}
         places = list(dict.fromkeys((score.layer, score.head) for score in scores))
         rises = [{s.label: s.rise for s in scores if (s.layer, s.head) == place} for place in places]
@@ -403,7 +403,7 @@ def _costs(kind: str, table, shapes: Sequence[HostShape], length: int, like: Ten
     if kind == "state":  # which encoder layers do not keep
         alike = [shape for shape in alike if shape.causal]
     costs = dict.fromkeys((DENSE, *table), 1.0)
-    for label, config in table.items() if alike else ():
+    for label, config in table.items():
         own = alike if config.alternates else [replace(shape, patched_index=0) for shape in alike]
         found = {shape: _cost(kind, config, shape, length, like) for shape in dict.fromkeys(own)}
         costs[label] = sum(found[shape] for shape in own) / len(own)

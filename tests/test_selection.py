@@ -252,8 +252,9 @@ def test_texts_of_one_row_are_chosen_for_as_rows_of_their_own(per_head: bool) ->
 
 
 def test_what_has_no_loss_or_no_state_is_refused() -> None:
-    encoder, _ = sharpened("bert")
+    encoder, labelled = sharpened("bert")
     batches = [ZOO["bert"].inputs(2, 20)]
+    assert "state" not in select_variants(encoder, labelled, candidates=["block"], budget={"max_loss": 1e3}).costs
     with pytest.raises(ValueError, match="does not predict the next token; give batches with `labels`"):
         select_variants(encoder, batches, candidates=["block"], budget=Budget(max_loss=0.1))
     with pytest.raises(ValueError, match="keeps no decoder state"):

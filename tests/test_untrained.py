@@ -193,7 +193,7 @@ def test_what_programs_are_given_wrong_is_a_sentence(tmp_path, capsys) -> None:
         rows.run_program(fails)
 
 
-def test_selection_for_an_encoder(folder, tmp_path) -> None:
+def test_selection_for_an_encoder(folder, tmp_path, capsys) -> None:
     (tmp_path / "few.yaml").write_text(
         "near: {variant: block, block_size: 8}\nwide: {variant: block, block_size: 32}\n"
     )
@@ -219,7 +219,12 @@ def test_selection_for_an_encoder(folder, tmp_path) -> None:
     with pytest.raises(ValueError, match="--test-texts 0: at least 1"):
         choose_encoder.main([*given, "--test-texts", "0"])
     results = choose_encoder.main(given)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert json.loads((tmp_path / "e.json").read_text()) == results
+    assert all(row["share"].keys() == {"time", "memory", "flops"} for row in results["rows"])
+    assert ["mapping", "accuracy", "lost", "chosen", "on", "time", "memory", "flops"] in [
+        [word for word in line if word.isalpha()] for line in table
+    ]
     rows = {row["label"]: row for row in results["rows"]}
     assert list(rows) == ["dense", "chosen", "near", "wide"] and rows["chosen"]["share"]["flops"] <= 0.9
     assert rows["dense"]["accuracy"] > 0.8 and rows["dense"]["lost_points"] == rows["dense"]["changed"] == 0
