@@ -186,11 +186,12 @@ def _label_numbers(train, test, column: str, name: str, held_out: str) -> tuple[
     feature = train.features[column]
     values = [list(train[column]), list(test[column])]
     for part, which in zip(values, ("train", held_out), strict=True):
-        bad = [index for index, value in enumerate(part) if value is None or value == -1 or isinstance(value, float)]
+        bad = [index for index, value in enumerate(part) if not isinstance(value, (int, str)) or value == -1]
         if bad:
             raise ValueError(
                 f"{name}, {which}: {len(bad)} rows have no class in {column!r} (row {bad[0]} has {part[bad[0]]!r}); "
-                "classes are integers or strings. Choose a labelled split with --eval-split."
+                "classes are integers or strings, one for each text. Choose another --label-column, or a labelled split "
+                "with --eval-split."
             )
     classes = sorted(set(values[0]))
     unknown = sorted(set(values[1]) - set(classes))
