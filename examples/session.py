@@ -29,6 +29,7 @@ from examples.training import Recipe
 from examples.variants import RunSpec, read_runs, stored_run, with_controls
 
 SCHEMA = "hf_efficient_attn/finetune/1"
+TEXTS = "texts_fingerprint"  # in arguments.json, beside the arguments
 PROBE = 4  # texts that attention is compared on before and after a transfer
 PACKAGES = ("hf_efficient_attn", "torch", "transformers", "accelerate", "datasets", "evaluate", "peft")
 
@@ -65,6 +66,7 @@ class Session:
             eval_split=args.eval_split,
             seed=args.seed,
         )
+        check_texts(self.folder, args.dataset, self.texts.fingerprint)
         self.tokenizer = models.load_tokenizer(args.model)
         if args.task == "masked-lm" and self.tokenizer.mask_token_id is None:
             raise ValueError(f"{args.model} has no mask token; masked-lm needs an encoder such as BERT.")
@@ -107,7 +109,7 @@ class Session:
             saved = self.folder / "results.json"
             if args.resume and saved.exists():
                 self.results["rows"] = json.loads(saved.read_text(encoding="utf-8"))["rows"]
-            write_json(self.folder / "arguments.json", self.arguments)
+            write_json(self.folder / "arguments.json", self.arguments | {TEXTS: self.texts.fingerprint})
         self.results["rows"] = broadcast(self.results["rows"])
         self.base_folder = self.folder / "base"
         if self.accelerator.is_main_process and not self.base_folder.exists():
@@ -191,9 +193,9 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
         if not saved.exists():
             raise ValueError(f"--resume: {folder} holds no run; leave out --resume to start one there.")
         earlier = {**vars(build_parser().parse_args([])), **json.loads(saved.read_text(encoding="utf-8"))}
-        earlier = {key: value for key, value in earlier.items() if key not in FREE}
         now = json.loads(json.dumps(arguments))
-        differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+        compared = (earlier.keys() | now.keys()) - {*FREE, TEXTS}
+        differing = sorted(key for key in compared if earlier.get(key) != now.get(key))
         runs = [stored_run(run) for run in earlier["runs"]] if "runs" in earlier else read_runs(earlier["variants"])
         if all(vars(run) in now["runs"] for run in runs):
             differing = [name for name in differing if name not in ("variants", "runs")]  # more of them
@@ -205,6 +207,17 @@ def check_folder(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty: choose another --output-dir, or continue the run in it with --resume."
+        )
+
+
+def check_texts(folder: Path, name: str, fingerprint: str) -> None:
+    """ValueError where the run that the folder holds began with other texts; early ones did not note theirs."""
+    saved = folder / "arguments.json"
+    noted = json.loads(saved.read_text(encoding="utf-8")).get(TEXTS) if saved.exists() else None
+    if noted not in (None, fingerprint):
+        raise ValueError(
+            f"--resume: {name} no longer holds the texts that the run in {folder} began with, so its rows could not be "
+            "compared. Bring them back, or start anew in another --output-dir."
         )
 
 

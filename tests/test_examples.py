@@ -315,6 +315,31 @@ def test_fields_that_an_older_run_does_not_know_have_their_defaults(job):
         session.check_folder(older, written, resume=True)
 
 
+def test_a_run_is_not_continued_on_other_texts(folder, tmp_path):
+    """The same file with a line more, or with another class; a run that did not note its texts is continued."""
+    file, job = tmp_path / "data.jsonl", tmp_path / "out"
+    given = arguments(folder, job, "--no-cost", "--controls", "none", "--max-steps", "0", "--dataset", str(file))
+
+    def write(rows: list[tuple[str, str]]) -> None:
+        file.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+
+    rows = sentences(20, 1)
+    write(rows)
+    first = finetune.main(given)
+    relabelled = [(text, ANIMALS[ANIMALS.index(label) - 1]) for text, label in rows]
+    for other in (sentences(21, 1), relabelled):
+        write(other)
+        with pytest.raises(ValueError, match=f"--resume: {file} no longer holds the texts that the run in {job} began"):
+            finetune.main([*given, "--variants", "flash", "--resume"])
+    saved = json.loads((job / "arguments.json").read_text())
+    (job / "arguments.json").write_text(json.dumps({k: v for k, v in saved.items() if k != session.TEXTS}))
+    finetune.main([*given, "--resume"])  # as an older one
+    write(rows)
+    with pytest.raises(ValueError, match="no longer holds the texts"):  # which it notes from then on
+        finetune.main([*given, "--resume"])
+    assert json.loads((job / "results.json").read_text())["rows"] == first["rows"]
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_lower_layers_learn_more_slowly(folder, name):
     kind = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}[name]
@@ -1135,7 +1160,11 @@ def test_gzipped_text_in_a_folder(tmp_path):
         ([{"text": "a", "class": 1}], {}, "no column 'label'; it has text, class. Choose one with --label-column"),
         ([{"text": "a", "label": 0}, {"text": "  ", "label": 1}] * 9, {}, "rows have no text, the first is row"),
         ([{"text": "a", "label": 0}, {"text": "b", "label": None}] * 9, {}, "rows have no class in 'label'"),
-        ([{"text": "a", "label": [0, 2]}] * 9, {}, r"in 'label' \(row 0 has \[0, 2\]\); classes are integers or strings, one"),
+        (
+            [{"text": "a", "label": [0, 2]}] * 9,
+            {},
+            r"in 'label' \(row 0 has \[0, 2\]\); classes are integers or strings, one",
+        ),
         ([{"text": "a", "label": {"x": 1}}] * 9, {}, r"row 0 has \{'x': 1\}\); classes are integers or strings, one"),
         ([{"text": "a", "label": 0.5}] * 9, {}, r"row 0 has 0.5\); classes are integers or strings, one"),
         ([{"text": "a", "label": 0}] * 9, {}, "holds one class only"),
