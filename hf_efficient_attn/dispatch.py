@@ -291,6 +291,13 @@ class PatchedLinear:
         return getattr(owner, CHILD).project(path, super().forward, x)
 
 
+# A word in the class name of a cache's layer -> why a state cannot take its place.
+OTHER_LAYERS = {
+    "Static": "; a cache of fixed size has no place for it",
+    "Quantized": "; a quantised cache has no place for it",
+}
+
+
 def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> AttentionState | None:
     """
     The layer's own state in the user's cache, at `index` where the call says so (one module that serves several layers), or
@@ -325,9 +332,11 @@ def layer_state(module: nn.Module, cache: Any, index: int | None = None) -> Atte
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length() > 0:
         held = f"{layer.get_seq_length()} tokens in a {type(layer).__name__}"
+        kinds = [cls.__name__ for cls in type(layer).__mro__]
+        why = next((why for word, why in OTHER_LAYERS.items() if any(word in kind for kind in kinds)), "")
         raise ValueError(
             f"variant {variant.config.name!r} keeps a decoder state of its own, but layer {index} of this cache holds {held}. "
-            "Give an empty DynamicCache (or none) from the first token on; a cache of fixed size has no place for it."
+            f"Give an empty DynamicCache (or none) from the first token on{why}."
         )
     if getattr(cache, "offloading", False):
         raise ValueError(

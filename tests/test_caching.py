@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import QuantizedLayer
 from zoo import ZOO
 
-from hf_efficient_attn import patch_model
+from hf_efficient_attn import hosts, patch_model, unpatch_model
 from hf_efficient_attn.caching import SPARE, AttentionState, TokenStore, pick
 from hf_efficient_attn.registry import build, get_config_class
 from hf_efficient_attn.variant import HostShape
@@ -150,6 +151,32 @@ def test_a_cache_of_fixed_size_is_refused(implementation: str):
         model.generate(ids, attention_mask=mask, cache_implementation=implementation, max_new_tokens=3)
     with pytest.raises(ValueError, match=r"holds 0 tokens in a StaticLayer.*a cache of fixed size has no place"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+
+
+class Rounded(QuantizedLayer):
+    """A quantised layer, of which Transformers brings none that needs no further package in all versions."""
+
+    def _quantize(self, tensor, *args):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def test_a_cache_that_is_refused_is_called_what_it_is():
+    dense, model, (ids, _) = decoder("sliding_window"), decoder("sliding_window"), text()
+    count = len(hosts.find_hosts(model))
+    filled_by_dense = DynamicCache()
+    unpatch_model(dense)(ids, past_key_values=filled_by_dense)
+    cases = [
+        (Cache(layers=[Rounded() for _ in range(count)]), "holds 0 tokens in a Rounded.*; a quantised cache has no"),
+        (filled_by_dense, r"holds 13 tokens in a DynamicLayer.*from the first token on\.$"),
+        (DynamicCache(offloading=True, config=model.config), "an offloaded cache moves keys away"),
+    ]
+    for cache, sentence in cases:
+        with pytest.raises(ValueError, match=sentence) as told:
+            model(ids, past_key_values=cache)
+        assert "fixed size" not in str(told.value)
 
 
 def test_a_layer_that_attends_twice_per_call_is_refused_with_a_cache():
