@@ -358,6 +358,10 @@ class AttentionState(Node, CacheLayerMixin):
         """From now on the calls since the latest `crop` can be taken back, in whole or in part, by the next one."""
         self.record_past = True
 
+    def stop_past_recording(self) -> None:
+        """What was recorded is dropped, and so are the states before it."""
+        self.record_past, self.records = False, []
+
     def crop(self, tokens_to_remove: int) -> None:
         """
         Forgets the newest `-tokens_to_remove` tokens (the sign is Transformers' own; a positive number is its older

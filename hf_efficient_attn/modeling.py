@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .auxiliary import auxiliary_loss
+from .caching import AttentionState
 from .dispatch import CHILD, NAME, PatchedForward, layer_state
 from .hosts import cache_argument, find_hosts, names_in
 from .registry import get_info
@@ -74,6 +75,17 @@ class StateMixin:
                 layer_state(module, cache)
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
+
+    @wraps(GenerationMixin._assisted_decoding)  # of which `generate` asks what it takes
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own, which leaves a cache recording: each later call would keep the state before it."""
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            cache = cache_argument(args, kwargs)
+            for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
+                if isinstance(layer, AttentionState):
+                    layer.stop_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError: it would set an attention implementation of its own."""

@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from zoo import PAD, ZOO
 
 from hf_efficient_attn import patch_model, patched
+from hf_efficient_attn.caching import AttentionState
 
 DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen3", "gemma2_nocap", "phi3")
 VARIANTS = {
@@ -106,6 +107,22 @@ def test_prompt_lookup_equals_greedy(variant: str):
     ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(generated(model, inputs, prompt_lookup_num_tokens=3), generated(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_cache_that_comes_back_from_assisted_decoding_records_no_more(name: str, deprecations: Any):
+    """Else every later call would keep the state before it."""
+    model, inputs = patched_decoder(name), ZOO[name].inputs(batch=1, length=13)
+    both = model.config.is_encoder_decoder
+    cache = EncoderDecoderCache(own := DynamicCache(), DynamicCache()) if both else (own := DynamicCache())
+    text = model.generate(**inputs, **GREEDY, assistant_model=ZOO[name].build(), past_key_values=cache)
+    deprecations.messages.clear()  # how Transformers calls the assistant
+    read, last = {"input_ids": inputs["input_ids"]}, text[:, -1:]
+    with torch.no_grad():
+        for _ in range(5):
+            model(**(read | {"decoder_input_ids": last} if both else {"input_ids": last}), past_key_values=cache)
+    states = [layer for layer in own.layers if isinstance(layer, AttentionState)]
+    assert states and not any(layer.record_past or layer.records for layer in states)
 
 
 def test_dense_model_with_a_patched_assistant(deprecations: Any):
