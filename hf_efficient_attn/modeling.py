@@ -32,6 +32,7 @@ from .registry import get_info
 from .swapping import (
     LOADING,
     as_list,
+    dispatch_again,
     exchange_maps,
     is_patched,
     layer_names,
@@ -55,6 +56,16 @@ class EfficientConfigMixin:
     """
 
     dense_class: type[PreTrainedConfig]
+
+
+class DenseMixin:
+    """A model of which the feed-forwards alone are patched may be given another implementation of its dense attention."""
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As Transformers' own; layers go on telling feed-forwards what is padding."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if attn_implementation != NAME and is_patched(self) and not is_patched(self, "attention"):
+            dispatch_again(self)
 
 
 class StateMixin:
@@ -114,7 +125,7 @@ class TyingMixin:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class EfficientModelMixin(TyingMixin, StateMixin):
+class EfficientModelMixin(TyingMixin, StateMixin, DenseMixin):
     """A model whose layers are patched as soon as it is built from an `Efficient...Config`."""
 
     dense_class: type[PreTrainedModel]
@@ -244,7 +255,7 @@ def _variant_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, x) for name, x in tensors if f".{CHILD}." in name and name in saved]
 
 
-class ForeignModelMixin(TyingMixin, StateMixin):
+class ForeignModelMixin(TyingMixin, StateMixin, DenseMixin):
     """A patched model of code outside Transformers: it runs and trains, but the Auto classes could not load it."""
 
     dense_class: type[PreTrainedModel]

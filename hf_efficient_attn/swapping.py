@@ -317,6 +317,16 @@ def _dispatch(model: PreTrainedModel, outer: nn.Module) -> None:
         setattr(module, PREVIOUS, previous[name])
 
 
+def dispatch_again(model: PreTrainedModel) -> None:
+    """Attention was given other implementations: dense layers run those from now on, through this library's function."""
+    modules = dispatching_modules(model).values()
+    for module in modules:
+        if module.config._attn_implementation != NAME:
+            setattr(module, PREVIOUS, module.config._attn_implementation)
+    for module in (model, *modules):
+        module.config._attn_implementation_internal = NAME
+
+
 def is_patched(model: nn.Module, kind: str | None = None) -> bool:
     """Whether the model has a variant (of a kind) in any of its layers."""
     variants = [module for module in model.modules() if isinstance(module, EfficientLayer)]

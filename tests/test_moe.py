@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from naive import ORACLES
-from zoo import ZOO
+from zoo import TASKS, USUAL_TASK, ZOO
 
-from hf_efficient_attn import describe, patch_model
+from hf_efficient_attn import describe, patch_model, unpatch_model
 from hf_efficient_attn.auxiliary import auxiliary_loss
-from hf_efficient_attn.hosts import find_feed_forwards
+from hf_efficient_attn.dispatch import PREVIOUS
+from hf_efficient_attn.hosts import find_feed_forwards, find_hosts
 from hf_efficient_attn.measuring import count_flops
 from hf_efficient_attn.registry import get_config_class
 
@@ -154,6 +156,28 @@ def test_padding_counts_neither_in_the_loss_nor_in_capacity(arch) -> None:
     blind = {k: torch.ones_like(v) if "mask" in k else v for k, v in padded.items()}
     model(**blind)
     assert (auxiliary_loss(model) - losses[0]).abs() > 1e-5, "padding would not have counted anyway"
+
+
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_dense_attention_beside_it_may_have_another_implementation(arch, tmp_path) -> None:
+    """It goes on telling what is padding, and the model is saved, patched further and given back as before."""
+    model, inputs = patch_model(ZOO[arch].build(), "moe").train(), ZOO[arch].inputs(pad="right")
+    others = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+    def losses() -> list[float]:  # what is told of the one batch is not true of the other
+        return [float(model(**batch, labels=batch["input_ids"]).loss) for batch in (others, inputs)]
+
+    expected = losses()
+    model.set_attn_implementation("eager")
+    assert losses() == pytest.approx(expected, rel=1e-5)
+    assert {getattr(host.module, PREVIOUS) for host in find_hosts(model)} == {"eager"}
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, TASKS[USUAL_TASK[ZOO[arch].kind]]).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert (loaded(**inputs)[0] - model.eval()(**inputs)[0]).abs().max() < 1e-5
+        both = [patch_model(each, "sliding_window", window=2)(**inputs)[0] for each in (model, loaded)]
+        assert (both[0] - both[1]).abs().max() < 1e-5
+    assert unpatch_model(model).config._attn_implementation == "eager"
 
 
 def test_the_balance_loss_is_that_of_the_formula() -> None:
