@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +73,19 @@ def test_exported(name: str, variant: str):
     assert largest(program) < 2 * 4 * LENGTH**2 or variant in ("flash", "funnel")  # of weights for each pair of tokens
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_experts_are_exported(name: str, top_k: int, tmp_path: Path):
+    model = Reader(name, None)
+    patch_model(model.model, "moe", num_experts=3, top_k=top_k)
+    for part, parameter in model.named_parameters():
+        if ".experts." in part:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    close(export(model).module(), model)
+    if name == "bert":
+        close(in_onnx(model, tmp_path), model)
+
+
 def test_a_text_without_a_mask_is_refused():
     """Its positions might start again, which a graph would not notice."""
     model, tokens = patch_model(ZOO["llama"].build().eval(), "block"), ZOO["llama"].inputs()["input_ids"]
@@ -87,18 +99,19 @@ def test_dense_weights_are_noticed():
 
 @pytest.mark.parametrize("variant", sorted({*available_variants("attention")} - REFUSED["bert"]))
 def test_onnx(variant: str, tmp_path: Path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
     model = Reader("bert", variant)
     for name, parameter in model.named_parameters():
         if name.endswith("query.weight") and variant != "nystrom":  # whose inverse makes much of rounding there
             parameter.data *= SHARP
-    names = ["input_ids", "attention_mask"]
+    close(in_onnx(model, tmp_path), model)
+
+
+def in_onnx(model: Reader, folder: Path):
+    """What ONNX Runtime makes of the model."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    names, file = ["input_ids", "attention_mask"], folder / "model.onnx"
     with torch.no_grad():
-        torch.onnx.export(model, given("right"), tmp_path / "model.onnx", dynamo=True, input_names=names, verbose=False)
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-
-    def run(*texts: Tensor) -> np.ndarray:
-        return session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0]
-
-    close(run, model)
+        torch.onnx.export(model, given("right"), file, dynamo=True, input_names=names, verbose=False)
+    session = runtime.InferenceSession(file)
+    return lambda *texts: session.run(None, {n: x.numpy() for n, x in zip(names, texts, strict=True)})[0]

@@ -47,6 +47,8 @@ class Router(nn.Module):
 
 def best(scores: Tensor, count: int) -> Tensor:
     """(..., E) -> (..., count) int64, the places of the highest scores in order; of equal ones the lower comes first."""
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, and takes the lower of equal ones by itself
+        return scores.topk(count).indices
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 

@@ -12,10 +12,10 @@ it did. Of equal probabilities the lower expert wins. In training `balance` time
 position and all k choices of a token before the next token's; what comes later adds nothing, as in Switch. In eval no token
 is ever dropped, and padded tokens count nowhere.
 
-Cost: that of k feed-forwards per token; parameters grow by (E - 1) feed-forwards. No decoder state. Departures: Switch
-weighs a single expert by p, which would change the pretrained model; no jitter. Beside the pretrained maps: the router,
-small and drawn from `seed`, and the copies. Adapters (LoRA) go to the experts, `efficient_attn.experts.*`; one around a
-pretrained map would act on the tokens of all experts, which is refused.
+Cost: that of k feed-forwards per token (while `torch.export` looks on, of all E); parameters grow by (E - 1) feed-forwards. No
+decoder state. Departures: Switch weighs a single expert by p, which would change the pretrained model; no jitter. Beside the
+pretrained maps: the router, small and drawn from `seed`, and the copies. Adapters (LoRA) go to the experts,
+`efficient_attn.experts.*`; one around a pretrained map would act on the tokens of all experts, which is refused.
 """
 
 from __future__ import annotations
@@ -65,14 +65,18 @@ class MoeConfig(VariantConfig):
 @dataclass(frozen=True)
 class Route:
     """
-    Where the T tokens of one input `x` go: the pairs of token and choice that an expert takes, pair = token k + choice, sorted
-    by expert, how many each expert has, and the gates (T, k).
+    Where the T tokens of one input `x` go, each to k experts: the pairs of token and choice that an expert takes,
+    pair = token k + choice, sorted by expert, how many each expert has, and the gates (T, k).
     """
 
     x: Tensor
     pairs: Tensor
     counts: list[int]
     gates: Tensor
+
+    @property
+    def k(self) -> int:
+        return self.gates.shape[1]
 
 
 @register_variant(
@@ -110,22 +114,23 @@ class MixtureOfExperts(EfficientFeedForward):
 
     def _into(self, maps: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
         """x (..., E) -> (..., k F): the inner features of a token's experts, side by side; of fused maps part by part."""
-        k, inner = self.config.top_k, self.host.inner_size
         if self._route is None or self._route.x is not x:
             self._route = self._decide(x)
-        route = self._route
+        route, inner = self._route, self.host.inner_size
+        k = route.k
         rows = x.reshape(-1, x.shape[-1]).index_select(0, route.pairs // k)
-        features = _spread(_by_expert(maps, rows, route.counts), route, k)
+        features = _spread(_by_expert(maps, rows, route.counts), route)
         if k > 1:
             features = features.view(-1, k, features.shape[1] // inner, inner).transpose(1, 2)
         return features.reshape(*x.shape[:-1], -1)
 
     def _back(self, maps: list[Callable[[Tensor], Tensor]], features: Tensor) -> Tensor:
         """features (..., k F) -> (..., E): the sum over a token's experts, times their gates."""
-        route, k, self._route = self._route, self.config.top_k, None
+        route, self._route = self._route, None
+        k = route.k
         rows = features.reshape(-1, self.host.inner_size).index_select(0, route.pairs)
         outputs = _by_expert(maps, rows, route.counts)
-        outputs = _spread(outputs * route.gates.flatten()[route.pairs, None].to(outputs.dtype), route, k)
+        outputs = _spread(outputs * route.gates.flatten()[route.pairs, None].to(outputs.dtype), route)
         outputs = outputs.view(-1, k, outputs.shape[1]).sum(1) if k > 1 else outputs
         outputs = outputs.view(*features.shape[:-1], -1)
         self.after_backward(route.x, outputs)
@@ -137,6 +142,8 @@ class MixtureOfExperts(EfficientFeedForward):
         chosen = best(probability, k)
         gates = torch.gather(probability, 1, chosen)
         gates = gates / (gates.detach() if k == 1 else gates.sum(1, keepdim=True))
+        if torch.compiler.is_exporting():
+            return self._to_all(x, torch.zeros_like(probability).scatter(1, chosen, gates))
         kept = None
         if self.training:
             kept = self._observe(probability, chosen)
@@ -144,6 +151,17 @@ class MixtureOfExperts(EfficientFeedForward):
         counts = torch.bincount(expert, minlength=experts + 1).tolist()[:experts]
         pairs = torch.argsort(expert, stable=True)[: sum(counts)]
         return Route(x, pairs, counts, gates)
+
+    def _to_all(self, x: Tensor, gates: Tensor) -> Route:
+        """All tokens to all experts, with gates (T, E) of 0 where not chosen: a route whose shapes ask no numbers."""
+        if self.host.normed:
+            raise ValueError(
+                f"moe in layer {self.host.layer} cannot be exported: the inner features of this feed-forward are normalised, "
+                "which those of several experts side by side cannot be."
+            )
+        tokens, experts = gates.shape
+        pairs = torch.arange(gates.numel(), device=x.device).view(tokens, experts).T.flatten()
+        return Route(x, pairs, [tokens] * experts, gates)
 
     def _observe(self, probability: Tensor, chosen: Tensor) -> Tensor | None:
         """Adds the load-balance loss; (T, k) bool, which choices the capacity leaves, or None where it leaves all."""
@@ -186,9 +204,9 @@ def _by_expert(maps: list[Callable[[Tensor], Tensor]], rows: Tensor, counts: lis
     return torch.cat([map_(part) for map_, part in pieces])
 
 
-def _spread(rows: Tensor, route: Route, k: int) -> Tensor:
+def _spread(rows: Tensor, route: Route) -> Tensor:
     """The rows of the pairs that experts take, at the places of all T k pairs; zeros for those none takes."""
-    return rows.new_zeros(len(route.gates) * k, rows.shape[1]).index_copy(0, route.pairs, rows)
+    return rows.new_zeros(route.gates.numel(), rows.shape[1]).index_copy(0, route.pairs, rows)
 
 
 def _place(module: nn.Module, path: str, child: nn.Module) -> None:
