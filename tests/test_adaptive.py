@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from zoo import ZOO
 
 from hf_efficient_attn import AdaptiveConfig, HostShape, describe, patch_model, unpatch_model
@@ -216,3 +218,16 @@ def test_candidates_must_serve_one_head_alone() -> None:
     with pytest.raises(ValueError, match="choices = "):
         build(AdaptiveConfig(choices=[0, 1, 1]), HOST)
     assert build(AdaptiveConfig(choices=[0, 1]), HOST).groups() == {0: [0], 1: [1]}
+
+
+def test_copies_of_a_layer_are_refused_before_any_is_hardened():
+    """Of two, as PEFT keeps beside each other, a config could name but one."""
+    model = patch_model(ZOO["llama"].build(), "adaptive")
+    mapping = copy.deepcopy(model.config.efficient_attention)
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["efficient_attn"])
+    adapted = get_peft_model(model, lora)
+    with pytest.raises(ValueError, match=r"layer 0 is there twice.*merge_and_unload"):
+        harden(adapted)
+    assert model.config.efficient_attention == mapping
+    merged = harden(adapted.merge_and_unload())
+    assert all(row.hyper_parameters["choices"] for row in describe(merged))

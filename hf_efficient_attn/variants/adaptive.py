@@ -242,7 +242,7 @@ def harden(model: nn.Module) -> nn.Module:
     layer chose, so that `save_pretrained` writes chosen candidates alone and the Auto classes bring back just these.
 
     Raises:
-        ValueError: the model has no `adaptive` layer that still chooses, or one inside another variant.
+        ValueError: the model has no `adaptive` layer that still chooses, one inside another variant, or a layer twice.
     """
     variants = [module for module in model.modules() if isinstance(module, EfficientAttention)]
     parts = {id(part) for variant in variants for part in variant.modules() if part is not variant}
@@ -253,6 +253,13 @@ def harden(model: nn.Module) -> nn.Module:
     if inner is not None:
         raise ValueError(
             f"layer {inner.host.layer}: 'adaptive' is part of another variant there, whose config cannot say what was chosen."
+        )
+    numbers = [layer.host.layer for layer in layers]
+    twice = next((number for number in numbers if numbers.count(number) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"layer {twice} is there twice, and a config can say of one what was chosen: merge the copies that PEFT trains "
+            "(modules_to_save) by merge_and_unload(), and harden parts of a model that were patched apart one by one."
         )
     for layer in layers:
         layer.harden()
