@@ -37,8 +37,8 @@ def patch_model(
 
     variant: a registry name (`available_variants()`), with hyper-parameters as keywords; a config; or a mapping from layers
         to names, configs or config dicts, such as {"0-5": "sliding_window", "6-11": LinformerConfig(rank=64)}, or to lists
-        of an attention and a feed-forward variant; or "auto", with the keywords `data` and `budget`: what
-        `selection.select_variants` finds.
+        of an attention and a feed-forward variant; or "auto", with the keywords `data` and `budget`, and others of
+        `selection.select_variants` if wished: what that finds.
     layers: attention layers counted from 0, as a list or a range string ("2-5", "8-"); None for all. Layers that are not
         named, and all cross-attention, stay as they are. A feed-forward has the number of the attention before it.
 

@@ -20,6 +20,7 @@ same pass gives their outputs' changes side by side. A layer whose heads differ 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -241,26 +242,26 @@ def select_variants(
 
 
 def choose(
-    model: nn.Module,
-    *,
-    data: Any = None,
-    budget: Budget | Mapping[str, Any] | None = None,
-    candidates: Any = None,
-    per_head: bool = False,
-    layers: Layers = None,
+    model: nn.Module, *, data: Any = None, budget: Any = None, candidates: Any = None, **options: Any
 ) -> dict[str, Any]:
     """
-    The mapping behind `patch_model(model, "auto", data=..., budget=...)`. Without `candidates`: every attention variant that
-    brings no parameters, and so has nothing of its own to train, with its defaults.
+    The mapping behind `patch_model(model, "auto", data=..., budget=...)`; further keywords are those of `select_variants`.
+    Without `candidates`: every attention variant that brings no parameters, and so has nothing of its own to train, with its
+    defaults.
+
+    Raises:
+        ValueError: no data or budget, a keyword that there is not, or what `select_variants` refuses.
     """
+    _, *known = inspect.signature(select_variants).parameters
+    if unknown := sorted(options.keys() - {*known}):
+        raise ValueError(f"'auto' takes no {', '.join(map(repr, unknown))}; it takes {', '.join(known)}.")
     if data is None or budget is None:
         raise ValueError('"auto" chooses by your text and budget: give data=, a list of batches, and budget=.')
     if candidates is None:
         shape = find_hosts(base_model(model))[0].shape
-        shape = _one_head(shape) if per_head else shape
+        shape = _one_head(shape) if options.get("per_head") else shape
         candidates = [name for name in available_variants("attention") if _trains_nothing(name, shape)]
-    options = {"candidates": candidates, "budget": budget, "per_head": per_head, "layers": layers}
-    return select_variants(model, data, **options).mapping
+    return select_variants(model, data, candidates=candidates, budget=budget, **options).mapping
 
 
 def _trains_nothing(name: str, shape: HostShape) -> bool:

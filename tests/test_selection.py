@@ -190,6 +190,12 @@ def test_the_short_form(monkeypatch) -> None:
     unpatch_model(model)
     with pytest.raises(ValueError, match="give data="):
         patch_model(model, "auto", budget=budget)
+    with pytest.raises(
+        ValueError, match="'auto' takes no 'window'; it takes data, candidates, budget, loss, loss_of, runs"
+    ):
+        patch_model(model, "auto", data=batches, budget=budget, window=3)
+    with pytest.raises(ValueError, match="runs = 0: at least one"):
+        patch_model(model, "auto", data=batches, budget=budget, candidates=CANDIDATES, runs=0)
     monkeypatch.setitem(STRATEGIES, "auto", lambda model, **given: {})
     with pytest.raises(ValueError, match="nothing better than dense"):
         patch_model(model, "auto", data=batches, budget=budget)
