@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ from hf_efficient_attn import auxiliary, cli, hub, measuring, recovery, selectio
 
 ROOT = Path(__file__).parent.parent
 API = ROOT / "docs" / "api.md"
+LIMITS = ROOT / "docs" / "limits.md"
 TRAINING = ROOT / "docs" / "training_and_shipping.md"
 INTERNAL = {"AuxiliaryLearner", "choose", "main"}
 OF_ITS_OWN = "# a process of its own\n"
@@ -30,6 +32,7 @@ def blocks(page: Path, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
 
 
+@pytest.mark.slow  # trains, and exports to ONNX
 def test_from_a_patch_to_a_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a BERT of one layer that reads 128 tokens in place of MiniLM, and a Hub on this machine."""
     words = [
@@ -94,3 +97,29 @@ def test_the_reference_s_commands_run(folder: Path, tmp_path: Path, monkeypatch:
     options = set(re.findall(r"`(--[a-z-]+)", API.read_text(encoding="utf-8"))) - {"--help"}
     commands = (get_command(cli.app).commands[name] for name in ("measure", "select", "card"))
     assert options == {name for c in commands for p in c.params for name in p.opts if name[:2] == "--"} - {"--help"}
+
+
+def test_refusals_are_quoted_as_they_are_raised() -> None:
+    """What a reader finds the page by: parts of sentences, of which the code has each within one string."""
+    spoken = []
+    for file in (ROOT / "hf_efficient_attn").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [x.value if isinstance(getattr(x, "value", None), str) else "\0" for x in parts]
+            spoken += ["".join(texts)] if isinstance(node, (ast.JoinedStr, ast.Constant)) else []
+    rows = [line for line in LIMITS.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    quoted = [part for row in rows for part in re.findall('"([^"]+)"', re.sub("`[^`]*`", "", row))]
+    assert len(quoted) > 50
+    assert [part for part in quoted if not any(part in sentence for sentence in spoken)] == []
+    assert not any("no such sentence" in sentence for sentence in spoken)
+
+
+@pytest.mark.parametrize("page", [API, TRAINING, LIMITS], ids=lambda page: page.stem)
+def test_links_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)?(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+    assert links
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
