@@ -25,7 +25,9 @@ from transformers import (
 
 from examples import embedded
 from examples.controls import remove_attention
+from examples.options import ALL_LINEAR
 from hf_efficient_attn import describe, extend_positions, patch_model
+from hf_efficient_attn.dispatch import CHILD, PatchedLinear
 from hf_efficient_attn.hosts import base_model, find_hosts, learned_positions
 from hf_efficient_attn.registry import config_from_dict
 
@@ -172,7 +174,7 @@ def add_lora(
 ) -> torch.nn.Module:
     """
     LoRA by peft on a (patched) model: adapters, the new head and the variant's own parameters train, the rest is
-    frozen.
+    frozen. Of "all-linear" the maps of variants, which train themselves, and those that experts stand beside are left out.
 
     Raises:
         ValueError: peft found none of the targets.
@@ -180,7 +182,15 @@ def add_lora(
     from peft import LoraConfig, TaskType, get_peft_model
 
     kinds = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM, "masked-lm": None}
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=kinds[task])
+    everywhere = targets == [ALL_LINEAR]
+    served = [name for name, part in model.named_modules() if f".{CHILD}." in name or isinstance(part, PatchedLinear)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=ALL_LINEAR if everywhere else targets,
+        exclude_modules=served if everywhere else None,
+        task_type=kinds[task],
+    )
     tuned = get_peft_model(model, config)
     own = {f"base_model.model.{name}" for name in added}
     for name, parameter in tuned.named_parameters():

@@ -14,6 +14,7 @@ from examples.embedded import MODELS
 from examples.rows import Help
 from examples.training import SCHEDULES
 
+ALL_LINEAR = "all-linear"  # peft's word for the linear maps of a model but its head
 PRESETS = Path(__file__).parent / "presets"
 
 # Arguments that may differ between a run and its continuation: they say where and how to look, not what to compute.
@@ -149,7 +150,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="train adapters of this rank (by peft) and what the variant adds; 0 trains all weights",
     )
-    add("--lora-targets", nargs="+", help="modules that get adapters; by default what peft knows for the model")
+    add(
+        "--lora-targets",
+        nargs="+",
+        help=f"modules that get adapters, or {ALL_LINEAR}; by default what peft knows for the model",
+    )
     add(
         "--bits",
         type=int,
@@ -237,6 +242,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--layer-decay {args.layer_decay}: above 0, at most 1.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         parser.error(f"--dropout {args.dropout}: from 0 to below 1.")
+    if ALL_LINEAR in (args.lora_targets or ()) and len(args.lora_targets) > 1:
+        parser.error(f"--lora-targets {ALL_LINEAR} stands alone; leave out the others, or name all modules.")
     if args.bits and not args.lora_rank:
         parser.error(f"--bits {args.bits}: quantised weights do not train; give adapters a --lora-rank.")
     if args.resume and args.output_dir is None:

@@ -38,7 +38,7 @@ from examples.controls import remove_attention  # noqa: E402
 from examples.data import Schedule, load_texts, tokenize  # noqa: E402
 from examples.embedded import language_documents, source_documents  # noqa: E402
 from examples.metrics import classification_scores, likelihood_scores  # noqa: E402
-from examples.models import add_lora, fit_positions, load_tokenizer, make_base, position_limit  # noqa: E402
+from examples.models import add_lora, fit_positions, load_tokenizer, make_base, merged, position_limit  # noqa: E402
 from examples.objective import Objective  # noqa: E402
 from examples.options import parse  # noqa: E402
 from examples.rates import layerwise  # noqa: E402
@@ -46,6 +46,7 @@ from examples.recover import learning_layers  # noqa: E402
 from examples.training import Recipe  # noqa: E402
 from examples.variants import read_runs, with_controls  # noqa: E402
 from hf_efficient_attn import patch_model, unpatch_model  # noqa: E402
+from hf_efficient_attn.hosts import is_linear_map  # noqa: E402
 from hf_efficient_attn.registry import get_config_class  # noqa: E402
 
 ANIMALS = ("cat", "dog", "fish", "bird")
@@ -527,6 +528,40 @@ def test_tasks_with_lora_checkpointing_and_bf16(folder, tmp_path, model, task):
         assert ("bits_per_byte" in row) == (task == "causal-lm")
     saved = (tmp_path / "out" / "block" / "model" / "config.json").read_text()
     assert "efficient_" in saved
+
+
+@pytest.mark.parametrize(
+    ("model", "variant"),
+    [("bert", "linformer"), ("gpt2", "moe"), ("bert", {"0-": ["hedgehog", {"variant": "moe", "num_experts": 2}]})],
+)
+def test_all_linear_is_what_peft_means_and_leaves_the_variant_whole(folder, model, variant):
+    """Adapters on all of the model's maps but its head; what the variant added trains as it is, with no adapter on it."""
+    name, task = str(folder / model), "classification" if model == "bert" else "causal-lm"
+    base = make_base(name, task, load_tokenizer(name), labels=[*"abcd"], max_length=24, extend=False, seed=0)
+    before = set(base.state_dict())
+    patch_model(base, variant)
+    added = [n for n, _ in base.named_parameters() if n not in before]
+    tuned = add_lora(base, task, 2, ["all-linear"], added)
+    adapted = {
+        n.partition(".lora_A")[0].removeprefix("base_model.model.")
+        for n, _ in tuned.named_parameters()
+        if "lora_A" in n
+    }
+    plain = make_base(name, task, load_tokenizer(name), labels=[*"abcd"], max_length=24, extend=False, seed=0)
+    maps = {n for n, x in plain.named_modules() if is_linear_map(type(x)) and n not in ("classifier", "lm_head")}
+    served = {
+        n
+        for n in maps
+        if variant != "linformer" and re.search(r"intermediate.dense|\d.output.dense|c_fc|mlp.c_proj", n)
+    }
+    assert adapted == maps - served and (served or variant == "linformer")
+    trained = {n.removeprefix("base_model.model.") for n, p in tuned.named_parameters() if p.requires_grad}
+    assert added and set(added) <= trained
+    ids = torch.randint(5, 9, (2, 24), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1]) if task == "classification" else ids
+    tuned.train()(input_ids=ids, labels=labels).loss.backward()
+    saved = merged(tuned)
+    assert not any("lora" in n for n in saved.state_dict()) and set(added) <= set(saved.state_dict())
 
 
 @pytest.mark.slow
@@ -1299,6 +1334,7 @@ def test_options_presets_and_their_refusals(tmp_path, capsys):
         ("--max-grad-norm", "-1"): "--max-grad-norm -1.0: at least 0",
         ("--max-grad-norm", "nan"): "--max-grad-norm nan: at least 0",
         ("--weight-decay", "-0.1"): "--weight-decay -0.1: at least 0",
+        ("--lora-rank", "2", "--lora-targets", "all-linear", "query"): "--lora-targets all-linear stands alone",
     }
     for given, sentence in refusals.items():
         with pytest.raises(SystemExit):
