@@ -1,6 +1,6 @@
 """
-What a decoder remembers between calls: `AttentionState`, one cache layer of Transformers for one patched layer, and
-`TokenStore`, the keys and values of a range of positions.
+What a decoder remembers between calls: `AttentionState`, one cache layer of Transformers for one patched layer, and what it
+keeps keys and values in: `TokenStore` of all tokens, `FirstTokens` and `RecentTokens`.
 
 Every tensor has the batch first, so beam search, repetition and selection work on all states alike. Nothing stored is
 ever written in place: an earlier state stays valid, which is what lets `crop` take back the latest call. New tokens of
@@ -11,11 +11,13 @@ Positions count real tokens, per row. A position or count is an int while all ro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 Count = int | Tensor
@@ -116,7 +118,7 @@ class Room:
     def around(cls, x: Tensor, more: int) -> Room:
         """x (B, G, S, D) with room behind it for `more` slots and some that may come later."""
         size = x.shape[2]
-        tensor = x.new_empty(*x.shape[:2], size + more + max(SPARE, size // 8), x.shape[3])
+        tensor = x.new_zeros(*x.shape[:2], size + more + max(SPARE, size // 8), x.shape[3])
         tensor[:, :, :size] = x
         return cls(tensor, tensor[:, :, :size], size)
 
@@ -137,19 +139,16 @@ class Room:
         if isinstance(stored, int):
             self.view[:, :, size:] = new
             return
-        self.view[:, :, size:] = 0  # of no use in shorter rows, but a number
-        slots = stored[:, None] + torch.arange(n, device=new.device)
+        slots = stored[:, None] if n == 1 else stored[:, None] + torch.arange(n, device=new.device)
         self.view.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
 class TokenStore(Node):
-    """
-    Keys and values (B, G, S, D) of positions first..count-1 of each row, compacted in slots 0.., the rest of S unused.
-    """
+    """Keys and values (B, G, S, D) of positions 0..count-1 of each row in slots 0.., the rest of S unused."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries = {"key": None, "value": None, "first": 0, "count": 0}
+        self.entries = {"key": None, "value": None, "count": 0}
         self.rooms: dict[str, Room] = {}  # of an entry that is the room's view, and of no other
 
     def __copy__(self) -> Node:
@@ -168,14 +167,12 @@ class TokenStore(Node):
 
         key, value: (B, G, N, D), compacted. lengths: (B,) real tokens of this call, or None where all N are real.
         """
-        entries, n = self.entries, key.shape[2]
-        first, count = entries["first"], entries["count"]
-        stored = count - first
+        entries, before = self.entries, self.count
+        count = before + (key.shape[2] if lengths is None else lengths)
         if entries["key"] is not None:
-            key, value = self._appended("key", key, stored), self._appended("value", value, stored)
-        added = n if lengths is None else lengths
-        entries.update(key=key, value=value, count=count + added)
-        return Buffer(key, value, first, stored, stored + added)
+            key, value = self._appended("key", key, before), self._appended("value", value, before)
+        entries.update(key=key, value=value, count=count)
+        return Buffer(key, value, 0, before, count)
 
     def _appended(self, name: str, new: Tensor, stored: Count) -> Tensor:
         """
@@ -219,34 +216,8 @@ class TokenStore(Node):
         rooms = [room for name, room in self.rooms.items() if room.view is self.entries[name]]
         return super().nbytes + sum(room.tensor.nbytes - room.view.nbytes for room in rooms)
 
-    def keep_from(self, position: Count, most: int) -> None:
-        """
-        Forgets tokens before `position` (int or (B,)). `most` bounds how many any row keeps, so that a batch of
-        unequal rows stays of constant size.
-        """
-        entries = self.entries
-        if entries["key"] is None:
-            return
-        first = entries["first"]
-        if all(isinstance(x, int) for x in (position, first, entries["count"])):
-            drop = min(max(position - first, 0), entries["key"].shape[2])
-            for name in ("key", "value") if drop else ():
-                room, kept = self.rooms.get(name), entries[name][:, :, drop:]
-                if room is not None and room.view is entries[name]:
-                    room.view = entries[name] = kept
-                else:
-                    entries[name] = kept
-            entries["first"] = first + drop
-            return
-        drop = torch.as_tensor(position - first, device=entries["key"].device).clamp_min(0)
-        drop = torch.minimum(drop, torch.as_tensor(entries["count"] - first, device=drop.device))
-        drop = drop.expand(entries["key"].shape[0])
-        size = min(entries["key"].shape[2], most)
-        source = (torch.arange(size, device=drop.device) + drop[:, None]).clamp_max(entries["key"].shape[2] - 1)
-        entries.update(key=take(entries["key"], source), value=take(entries["value"], source), first=first + drop)
-
     def keep_until(self, position: int) -> None:
-        """Forgets tokens at `position` and after; for the first tokens of a sequence, which never change."""
+        """Forgets tokens at `position` and after."""
         entries = self.entries
         if entries["key"] is None:
             return
@@ -256,7 +227,7 @@ class TokenStore(Node):
         entries["count"] = min(count, position) if isinstance(count, int) else count.clamp_max(position)
 
     def can_crop(self) -> bool:
-        return isinstance(self.entries["first"], int) and self.entries["first"] == 0
+        return True
 
     def crop_to(self, count: Count) -> None:
         entries, self.rooms = self.entries, {}
@@ -270,12 +241,91 @@ class TokenStore(Node):
             entries["count"] = torch.minimum(torch.as_tensor(old, device=device), torch.as_tensor(count, device=device))
 
 
+class FirstTokens(TokenStore):
+    """The first `most` tokens of a sequence."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.entries["least"] = 0  # so many tokens each row has at least
+
+    def extend(self, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> None:
+        entries, most = self.entries, self.most
+        if entries["key"] is not None and entries["least"] >= most:
+            return
+        some = None if lengths is None else lengths.clamp_max(most)
+        super().extend(key[:, :, :most], value[:, :, :most], some)
+        self.keep_until(most)
+        more = key.shape[2] if lengths is None else 0
+        entries["least"] = self.count if isinstance(self.count, int) else entries["least"] + more
+
+    def crop_to(self, count: Count) -> None:
+        super().crop_to(count)
+        self.entries["least"] = min(self.entries["least"], count) if isinstance(count, int) else 0
+
+
+class RecentTokens(TokenStore):
+    """
+    The newest keys and values of a sequence. All rows end in the last slot: where they have come unequally far, a new token is
+    put behind all of them in the same slot, the oldest that are let go of are in the same slots, and the first slots of
+    shorter rows stand for nothing. Such rows keep the newest `most` slots.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    @property
+    def first(self) -> Count:
+        """The position of slot 0, below 0 where the slot stands for nothing."""
+        key = self.entries["key"]
+        return self.count - (0 if key is None else key.shape[2])
+
+    def extend(self, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Buffer:
+        """As of any store; but rows that came unequally far before the call end in the last slot."""
+        entries, n, before, held = self.entries, key.shape[2], self.count, 0
+        if entries["key"] is not None:
+            held = entries["key"].shape[2]
+            key, value = self._appended("key", key, held), self._appended("value", value, held)
+        added, size = n if lengths is None else lengths, held + n
+        buffer = Buffer(key, value, before - held, held, held + added)
+        if lengths is not None:
+            slots = (torch.arange(size, device=key.device) - (n - lengths)[:, None]).clamp_min(0)
+            if isinstance(before, int):
+                slots = slots[:, max(size - self.most, 0) :]
+            key, value = take(key, slots), take(value, slots)
+            if not isinstance(before, int):
+                buffer = Buffer(key, value, before + added - size, size - added, size)
+        entries.update(key=key, value=value, count=before + added)
+        if not isinstance(self.count, int):
+            self._forget(key.shape[2] - self.most)
+        return buffer
+
+    def keep_from(self, position: Count) -> None:
+        """Forgets tokens before `position` where rows agree."""
+        if isinstance(position, int) and isinstance(self.count, int):
+            self._forget(position - self.first)
+
+    def _forget(self, slots: int) -> None:
+        """The first so many slots, if any."""
+        entries = self.entries
+        for name in ("key", "value") if slots > 0 and entries["key"] is not None else ():
+            room, kept = self.rooms.get(name), entries[name][:, :, slots:]
+            if room is not None and room.view is entries[name]:
+                room.view = kept
+            entries[name] = kept
+
+    def can_crop(self) -> bool:
+        return isinstance(self.count, int) and self.first == 0
+
+
 class AttentionState(Node, CacheLayerMixin):
     """
     The cache layer of one patched attention layer, put into the user's own `Cache` in place of an empty layer.
 
     `update` hands back the new keys and values alone; the variant keeps what it needs in `entries`. `count` is the
-    number of real tokens before the current call, `seen` the number of tokens with padding, as Transformers counts.
+    number of real tokens before the current call, `read` that of all tokens before it, and `seen` of those that Transformers
+    knows of, which are more while a call runs.
     """
 
     is_sliding = False
@@ -286,8 +336,12 @@ class AttentionState(Node, CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         Node.__init__(self)
         self.seen = 0
+        self.read = 0
         self.count: Count = 0
-        self.real: Tensor | None = None  # (B, seen) bool, once a padded token was seen
+        self.padded: Tensor | None = (
+            None  # (B, at most `read`) bool, which tokens are real, up to the latest padded call
+        )
+        self.shared: dict | None = None  # what the layers of a model make once for all, in the call that they read
         self.owner: dict | None = None  # the config of the variant that fills this state
         self.expected = False  # the patched layer that owns this state is in its forward
         self.interrupted = False  # a call failed on the way: layers hold different tokens
@@ -379,12 +433,12 @@ class AttentionState(Node, CacheLayerMixin):
             self.records = []
             return
         keep = self.seen - remove
-        record = next((record for record in reversed(self.records) if record["seen"] <= keep), None)
+        record = next((record for record in reversed(self.records) if record["read"] <= keep), None)
         self.records = []
         if record is not None:
-            taken = keep - record["seen"]
+            taken = keep - record["read"]
             self.restore(record["entries"])
-            self.seen, self.count, self.real, self.pending = record["seen"], record["count"], record["real"], None
+            self.read, self.count, self.padded, self.pending = record["read"], record["count"], record["padded"], None
             if taken:
                 self.pending = {n: x[..., :taken, :] if x.ndim > 2 else x[:, :taken] for n, x in record["call"].items()}
             self.seen = keep
@@ -394,12 +448,12 @@ class AttentionState(Node, CacheLayerMixin):
                 f"cannot take {remove} of {self.seen} tokens back: this attention state has already let go of what they "
                 "replaced. Call `activate_past_recording()` on the cache before the forward that is to be taken back."
             )
-        if self.real is None:
+        if self.padded is None:
             self.count = keep
         else:
-            self.real = self.real[:, :keep]
-            self.count = self.real.sum(1)
-        self.seen = keep
+            self.padded = self.real[:, :keep]
+            self.count = self.padded.sum(1)
+        self.seen = self.read = keep
         self.crop_to(self.count)
         self.own()
 
@@ -410,28 +464,42 @@ class AttentionState(Node, CacheLayerMixin):
         if not self.record_past:
             self.records = []
             return
-        n = call["key"].shape[-2]
-        self.records.append(
-            {"entries": self.snapshot(), "seen": self.seen - n, "count": self.count, "real": self.real, "call": call}
-        )
+        now = {"read": self.read, "count": self.count, "padded": self.padded}
+        self.records.append({"entries": self.snapshot(), "call": call, **now})
 
     def commit(self, real: Tensor | None, batch: int, length: int) -> None:
         """After a call's tokens were read: `real` (B, N) bool as the call gave it, or None where all are real."""
         if not torch.compiler.is_compiling():
             self.own()
-        if real is None and self.real is None:
-            self.count = self.count + length
-            return
-        if real is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=self.real.device)
-        if self.real is None:
-            self.real = torch.ones(batch, self.count, dtype=torch.bool, device=real.device)
-        self.real = torch.cat([self.real, real], 1)
-        self.count = self.count + real.sum(1)
+        if real is not None:
+            before = real.new_ones(batch, self.read) if self.padded is None else self.real
+            self.padded = torch.cat([before, real], 1)
+        self.count = self.once("count", lambda: self.count + (length if real is None else real.sum(1)))
+        self.read += length
+        for state in (self, *self.entries.values()):
+            if isinstance(state, AttentionState):
+                state.shared = None
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B, read) bool, which tokens are real, or None where all are."""
+        return None if self.padded is None else pad(self.padded, (0, self.read - self.padded.shape[1]), value=True)
+
+    def once(self, what: Hashable, make: Callable[[], Any]) -> Any:
+        """
+        make(), or what it gave another layer of the model in the same call: layers have read the same tokens, so that `what`
+        need only name what else it depends on.
+        """
+        if self.shared is None:
+            return make()
+        what = self.read, what
+        if what not in self.shared:
+            self.shared[what] = make()
+        return self.shared[what]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
         super().map_tensors(function)
-        for owner in ("count", "real"):
+        for owner in ("count", "padded"):
             if isinstance(getattr(self, owner), Tensor):
                 setattr(self, owner, function(getattr(self, owner)))
         if self.pending is not None:
@@ -443,6 +511,12 @@ class AttentionState(Node, CacheLayerMixin):
         if name not in self.entries:
             self.entries[name] = factory()
         return self.entries[name]
+
+    def part(self, name: str, factory: Callable[[], AttentionState]) -> AttentionState:
+        """The state of a variant that serves some of the layer's heads, which stands where this one does."""
+        own = self.store(name, factory)
+        own.read, own.count, own.shared = self.read, self.count, self.shared
+        return own
 
 
 def take(x: Tensor, source: Tensor) -> Tensor:

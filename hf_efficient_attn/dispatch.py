@@ -112,6 +112,8 @@ def efficient_attention_forward(
             raise ValueError(
                 _refuses(variant, "the mask hides other tokens of the cache than were hidden when it read them")
             )
+        if state is not None:
+            state.shared = attention_mask.shared(query.device)
     elif attention_mask is not None and not causal and (padding := key_padding(attention_mask)) is not None:
         rows = Rows.of(padding)
     elif attention_mask is not None:

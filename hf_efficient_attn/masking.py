@@ -64,6 +64,7 @@ class AttentionMask:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._made: dict[tuple, Any] = {}  # shared by all layers of a device
+        self._shared: dict[torch.device, dict] = {}
         self.texts: Texts | None = None
         self.index: tuple[Tensor, Tensor] | None = None
         self._contradicts: bool | None = None
@@ -170,6 +171,10 @@ class AttentionMask:
             self._made[kind, key, device] = made.to(device)
         return self._made[kind, key, device]
 
+    def shared(self, device: torch.device) -> dict:
+        """What decoder states make once for all layers of a device (`AttentionState.once`)."""
+        return self._shared.setdefault(device, {})
+
     def agrees(self, cumulative: Tensor) -> bool:
         """Whether cu_seq_lens cut the rows into the same `texts`; asked once."""
         if self._agrees is None:
@@ -187,7 +192,8 @@ class AttentionMask:
             self._contradicts = False
             if self.padding is not None and not torch.compiler.is_compiling():
                 earlier = self.padding[:, : state.seen - self.query_length]
-                read = torch.ones_like(earlier[:, : state.count]) if state.real is None else state.real
+                real = state.real
+                read = torch.ones_like(earlier[:, : state.count]) if real is None else real
                 known = min(earlier.shape[1], read.shape[1])
                 self._contradicts = not torch.equal(earlier[:, :known], read[:, :known].to(earlier.device))
         return self._contradicts

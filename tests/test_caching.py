@@ -12,7 +12,7 @@ from transformers.cache_utils import QuantizedLayer
 from zoo import ZOO
 
 from hf_efficient_attn import hosts, patch_model, unpatch_model
-from hf_efficient_attn.caching import SPARE, AttentionState, TokenStore, pick
+from hf_efficient_attn.caching import SPARE, AttentionState, RecentTokens, TokenStore, pick
 from hf_efficient_attn.registry import build, get_config_class
 from hf_efficient_attn.variant import HostShape
 
@@ -215,7 +215,7 @@ def tokens(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("window", [None, 40])
 def test_tokens_of_generation_go_behind_the_others_without_a_copy(mode, window: int | None):
-    (key, value), store, places = tokens(400), TokenStore(), set()
+    (key, value), store, places = tokens(400), RecentTokens(window) if window else TokenStore(), set()
     with mode():
         store.extend(key[:, :, :50].clone(), value[:, :, :50].clone())
         for n in range(50, 400):
@@ -224,8 +224,8 @@ def test_tokens_of_generation_go_behind_the_others_without_a_copy(mode, window: 
             assert torch.equal(buffer.key, key[:, :, first : n + 1])
             assert torch.equal(buffer.value, value[:, :, first : n + 1])
             if window:
-                store.keep_from(n + 1 - window, window)
-                assert store.entries["first"] == max(0, n + 1 - window)
+                store.keep_from(n + 1 - window)
+                assert store.first == max(0, n + 1 - window)
                 assert store.nbytes <= 2 * 2 * 3 * (2 * window + SPARE) * 4 * 4
             places.add(store.rooms["key"].tensor.data_ptr())
     assert len(places) <= 10, "a copy of all tokens for each new one"

@@ -12,19 +12,20 @@ holds, then the new tokens), D head size, b block size, P = B x blocks, w window
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..caching import AttentionState, Count, TokenStore, take
+from ..caching import AttentionState, Count, FirstTokens, RecentTokens, take
 from .exact import exact_attention, masked_attention, sdpa
 from .joint import Part, joint_attention
 from .ranges import QUERIES, Tile, has_kernel, range_decoder, range_encoder
 
 TILE = 32, 128  # queries per tile of a band, fewest and most: fewer read less in vain, more make better use of a kernel
+FEW = 16  # queries whose mask all layers of a model share
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,10 @@ class Shared:
 class Context:
     """
     What a decoder call's queries can see. key, value (B, G, S, D): slot i holds position first + i, from slot `new` on
-    the call's own tokens; sink_key, sink_value (B, G, n, D): positions 0..n-1.
+    the call's own tokens; sink_key, sink_value (B, G, n, D): positions 0..n-1. whole: none of the call's tokens is padding.
+
+    Rows that have come unequally far either end in the same slot (`ends`; where `first` is below 0, slots stand for nothing) or
+    are `framed`.
     """
 
     key: Tensor
@@ -284,6 +288,30 @@ class Context:
     new: Count
     sink_key: Tensor
     sink_value: Tensor
+    state: AttentionState | None = None
+    whole: bool = True
+
+    @property
+    def ends(self) -> bool:
+        return isinstance(self.new, int) and not isinstance(self.first, int)
+
+    def framed(self, pattern: Segments | Band) -> Context:
+        """Unequal rows such that each begins with the oldest key that `pattern` needs, at a multiple of its `step`."""
+        if isinstance(self.first, int):
+            return self
+        position = self.first + self.new
+        first = pattern.needed_from(position).clamp_min(0)
+        slots = torch.arange(self.key.shape[2], device=self.key.device)
+        source = (slots + (first - self.first)[:, None]).clamp_max(len(slots) - 1)
+        key, value = take(self.key, source), take(self.value, source)
+        return replace(self, key=key, value=value, first=first, new=position - first)
+
+    def once(self, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """make(), for all layers whose contexts are alike (`AttentionState.once`)."""
+        if self.state is None:
+            return make()
+        sizes = self.key.shape[2], self.sink_key.shape[2], isinstance(self.first, int), isinstance(self.new, int)
+        return self.state.once((what, sizes), make)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         """Another view of all keys and values."""
@@ -307,14 +335,15 @@ def remember(
     """
     if state is None:
         return Context(key, value, 0, 0, key[:, :, :num_sinks], value[:, :, :num_sinks])
-    recent, sinks = state.store("recent", TokenStore), state.store("sinks", TokenStore)
+    recent = state.store("recent", lambda: RecentTokens(pattern.stored))
+    sinks = state.store("sinks", lambda: FirstTokens(num_sinks))
     buffer = recent.extend(key, value, lengths)
-    recent.keep_from(pattern.needed_from(recent.count), pattern.stored)
-    if sinks.entries["key"] is None or not isinstance(sinks.count, int) or sinks.count < num_sinks:
-        some = None if lengths is None else lengths.clamp_max(num_sinks)
-        sinks.extend(key[:, :, :num_sinks], value[:, :, :num_sinks], some)
-        sinks.keep_until(num_sinks)
-    context = Context(buffer.key, buffer.value, buffer.first, buffer.new, sinks.entries["key"], sinks.entries["value"])
+    recent.keep_from(pattern.needed_from(recent.count))
+    sinks.extend(key, value, lengths)
+    first = sinks.entries["key"], sinks.entries["value"]
+    context = Context(buffer.key, buffer.value, buffer.first, buffer.new, *first, state, lengths is None)
+    if lengths is not None or key.shape[2] > pattern.stored:
+        context = context.framed(pattern)
     if detach and torch.is_grad_enabled():
         recent.map_tensors(Tensor.detach)
         sinks.map_tensors(Tensor.detach)
@@ -358,15 +387,15 @@ def reads_directly(n: int, context: Context, pattern: Segments | Band) -> bool:
     Whether `local_decoder` reads n queries under one mask, wherever they stand. Otherwise they are cut into tiles, and
     what it asks of `far` is for queries from a multiple of `pattern.step` on to the end of the context.
     """
-    return n <= pattern.stored and not (isinstance(context.new, int) and context.new == 0)
+    return context.ends or (n <= pattern.stored and not (isinstance(context.new, int) and context.new == 0))
 
 
 def in_ranges(query: Tensor, context: Context, pattern: Segments | Band, dropout: float) -> bool:
-    """Whether `range_decoder` serves a call: rows stand at the same positions, with one query or so many that a kernel pays."""
-    if not (isinstance(context.first, int) and isinstance(context.new, int)) or dropout:
-        return False
-    n = query.shape[2]
-    return n == 1 or (not reads_directly(n, context, pattern) and has_kernel(query, dropout))
+    """Whether `range_decoder` serves a call: one query, or so many at the same positions in all rows that a kernel pays."""
+    n, agree = query.shape[2], isinstance(context.first, int) and isinstance(context.new, int)
+    if n == 1 or not agree:
+        return n == 1 and (agree or context.whole) and not dropout
+    return not reads_directly(n, context, pattern) and has_kernel(query, dropout)
 
 
 def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:
@@ -377,10 +406,15 @@ def _direct(query: Tensor, context: Context, pattern, far, **options) -> Tensor:
     held = first + torch.arange(context.key.shape[2], device=device)
     sinks = torch.arange(context.sink_key.shape[2], device=device)
 
-    def visible(begin: int, end: int) -> Tensor:
+    def mask(begin: int, end: int) -> Tensor:
         t = start + torch.arange(begin, end, device=device)[:, None]
-        exact = (held <= t) & pattern.near(t, held)
+        exact = (held >= 0) & (held <= t) & pattern.near(t, held)
         return torch.cat([(sinks <= t) & ~pattern.near(t, sinks), exact], 2)[:, None]
+
+    def visible(begin: int, end: int) -> Tensor:
+        if query.shape[2] > FEW:
+            return mask(begin, end)
+        return context.once((pattern, begin, end), lambda: mask(begin, end))
 
     key = torch.cat([context.sink_key, context.key], 2)
     value = torch.cat([context.sink_value, context.value], 2)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import kernels
+from ..caching import Count, column
 from .exact import sdpa
 from .precision import first_order, without_autocast
 
@@ -87,14 +88,15 @@ def range_decoder(
     pattern: Segments | Band,
     slots: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
-    seen: Callable[[int], tuple[int, int]] = lambda exact: (0, 0),
+    seen: Callable[[Count], tuple[Count, Count]] = lambda exact: (0, 0),
     *,
     scaling: float,
 ) -> Tensor:
     """
     As `local_decoder` where `local.in_ranges`, with slots of what lies before the exact part as its far part: keys and values
     (B, G or H, S, D), bias None or (B or 1, H, S), -inf where a slot stands for nothing. seen(exact): begin and end of the
-    slots that a query sees whose exact part begins at position `exact`.
+    slots that a query sees whose exact part begins at position `exact`, an int or (B, 1). Equal `seen` of several layers are
+    taken to say the same.
     """
     if query.shape[2] == 1:
         return _one_token(query, context, pattern, slots, bias, seen, scaling)
@@ -123,22 +125,48 @@ def range_decoder(
 
 
 def _one_token(query: Tensor, context: Context, pattern, slots, bias, seen, scaling: float) -> Tensor:
-    """All that a single query sees, side by side: no mask, and no kernel's call for each head."""
-    start = max(pattern.begin_of(context.first + context.new), 0)
-    sinks, (begin, end) = min(start, context.sink_key.shape[2]), seen(start)
+    """All that a single query sees, side by side: no kernel's call for each head, and no mask where rows agree."""
+    position, sinks, mask, begun = context.first + context.new, context.sink_key.shape[2], None, 0
+    if isinstance(position, int):
+        start = max(pattern.begin_of(position), 0)
+        begun, sinks, (begin, end) = start - context.first, min(start, sinks), seen(start)
+    else:
+        begin, end = 0, 0 if slots is None else slots[0].shape[2]
+        mask = context.once((pattern, end, seen, query.dtype), lambda: _of_rows(query, context, pattern, end, seen))
     share, sides = 1 if slots is None else slots[0].shape[1] // context.key.shape[1], []
     for i, (near, first) in enumerate(((context.key, context.sink_key), (context.value, context.sink_value))):
-        parts = [first[:, :, :sinks], near[:, :, start - context.first :]]
+        parts = [first[:, :, :sinks], near[:, :, begun:]]
         if share > 1:
             parts = [x.repeat_interleave(share, 1) for x in parts]
         if end > begin:
             parts.insert(1, slots[i][:, :, begin:end])
         sides.append(torch.cat(parts, 2))
-    mask = None
     if bias is not None and end > begin:
         own = bias[:, :, None, begin:end].to(query.dtype)
-        mask = pad(own, (sinks, sides[0].shape[2] - sinks - own.shape[3]))
+        own = pad(own, (sinks, sides[0].shape[2] - sinks - own.shape[3]))
+        mask = own if mask is None else own + mask
     return sdpa(query, *sides, scaling=scaling, mask=mask)
+
+
+def _of_rows(query: Tensor, context: Context, pattern, size: int, seen) -> Tensor:
+    """
+    (B, 1, 1, L), 0 where the query of a row sees a key, else -inf, of sinks, slots and the context's keys side by side; the
+    query's own is one of these.
+    """
+    held, *slots = (
+        torch.arange(x, device=query.device) for x in (context.key.shape[2], context.sink_key.shape[2], size)
+    )
+    position, held = column(context.first + context.new), column(context.first) + held
+    start = pattern.begin_of(position).clamp_min(0)
+    near = held >= start
+    if not context.ends:
+        near &= held <= position
+    visible = [slots[0] < start, near]
+    if size:
+        begin, end = seen(start)
+        visible.insert(1, (slots[1] >= begin) & (slots[1] < end))
+    visible = torch.cat(visible, 1)[:, None, None]
+    return torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
 
 
 def range_encoder(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..caching import AttentionState, Count, TokenStore, column, take
+from ..caching import AttentionState, Count, RecentTokens, TokenStore, column, take
 from ..config import EfficientAttentionConfig, option
 from .joint import Part
 from .local import Context, Horizon, Segments, in_ranges, local_decoder, remember
@@ -88,11 +88,33 @@ class SoftmaxPool:
         return real.any(2)[:, None, :, None].expand(-1, -1, -1, self.slots)
 
 
+@dataclass(frozen=True)
+class SlotsBefore:
+    """Begin and end of the slots of complete segments before an exact part, `slots` of each."""
+
+    segment_size: int
+    slots: int
+
+    def __call__(self, exact: Count) -> tuple[int, Count]:
+        return 0, exact // self.segment_size * self.slots
+
+
 class SlotStore(TokenStore):
     """The slots of all complete segments, in order; `crop` counts tokens."""
 
     def __init__(self, segment_size: int, slots: int) -> None:
         super().__init__()
+        self.segment_size, self.slots = segment_size, slots
+
+    def crop_to(self, count: Count) -> None:
+        super().crop_to(count // self.segment_size * self.slots)
+
+
+class RecentSlots(RecentTokens):
+    """The newest slots of complete segments; `crop` counts tokens."""
+
+    def __init__(self, segment_size: int, slots: int, most: int) -> None:
+        super().__init__(most)
         self.segment_size, self.slots = segment_size, slots
 
     def crop_to(self, count: Count) -> None:
@@ -142,10 +164,7 @@ def summary_decoder(
             added = bias[:, None].expand(1, -1, visible.size)
             if visible.exists is not None:
                 added = added.masked_fill(~visible.exists[:, :, 0], float("-inf"))
-
-            def seen(exact: int) -> tuple[int, int]:
-                return 0, exact // segment_size * summary.slots
-
+            seen = SlotsBefore(segment_size, summary.slots)
             return range_decoder(query, context, pattern, slots, added, seen, scaling=scaling)
 
         def far(position: Count) -> Part:
@@ -163,27 +182,38 @@ def remember_slots(
     segment_size: int,
     num_sinks: int,
     lengths: Tensor | None,
+    recent: int | None = None,
 ) -> tuple[Tensor, Tensor, Count] | None:
     """
     Puts the slots of the segments that a call of n tokens completes behind what the state holds under "slots", and gives
     the keys and values (B, G, S, D) of all, and which slot of the sequence the first of them is; None without any.
-    `context` is what `remember` gave for the same call, back to the begin of the segment that the call begins in.
+    recent: how many of the newest later calls can need, or None where they need all. `context` is what `remember` gave for the
+    same call, back to the begin of the segment that the call begins in.
     """
     count, b = 0 if state is None else state.count, segment_size
     begun, ended = count // b, (count + (n if lengths is None else lengths)) // b
-    most = ended - begun if isinstance(ended, int) else (count % b + n) // b
-    slots = None
-    if not isinstance(begun, int):
-        most = int((ended - begun).max())
+    slots, most = None, most_ended(state, b, n, lengths)
     if most:
         slots = _summarise(context, summary, begun, most, b, num_sinks)
     if state is None:
         return None if slots is None else (*slots, 0)
-    store = state.store("slots", lambda: SlotStore(b, summary.slots))
+    if recent is None:
+        store = state.store("slots", lambda: SlotStore(b, summary.slots))
+    else:
+        store = state.store("slots", lambda: RecentSlots(b, summary.slots, recent))
     if slots is not None:
-        store.extend(*slots, None if isinstance(ended, int) else (ended - begun) * summary.slots)
-    key, value, first = (store.entries[name] for name in ("key", "value", "first"))
-    return None if key is None else (key, value, first)
+        buffer = store.extend(*slots, None if isinstance(ended, int) else (ended - begun) * summary.slots)
+        return buffer.key, buffer.value, buffer.first
+    key, value = store.entries["key"], store.entries["value"]
+    return None if key is None else (key, value, 0 if recent is None else store.first)
+
+
+def most_ended(state: AttentionState | None, b: int, n: int, lengths: Tensor | None) -> int:
+    """As many segments of b tokens as any row completes in a call of n tokens, of which `lengths` (B,) are real, or more."""
+    count = 0 if state is None else state.count
+    if isinstance(count, int):
+        return (count % b + n) // b
+    return state.once(("ended", b), lambda: int(((count % b + (n if lengths is None else lengths)) // b).max()))
 
 
 def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int, num_sinks: int) -> list[Tensor]:
@@ -205,7 +235,7 @@ def _summarise(context: Context, summary: Summary, begun: Count, n: int, b: int,
 
 def segments_of(x: Tensor, first: Count, begun: Count, n: int, b: int) -> Tensor:
     """x (B, G, S, D), whose slot 0 is position `first` -> (B, G, n, b, D), the n segments from `begun` on."""
-    if isinstance(begun, int):
+    if isinstance(begun, int) and isinstance(first, int):
         start = begun * b - first
         if x.shape[2] > n * b:
             x = x.split([start, n * b, x.shape[2] - start - n * b], 2)[1]

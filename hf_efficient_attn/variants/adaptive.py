@@ -181,8 +181,7 @@ class AdaptiveAttention(EfficientAttention):
                 inputs = [x[:, chosen] for x, chosen in zip(inputs, (heads, groups, groups), strict=True)]
             own = None
             if state is not None:
-                own = state.store(f"part{c}", part.make_state)
-                own.count = state.count  # only the layer's count is advanced between calls
+                own = state.part(f"part{c}", part.make_state)
             given = part.attend_from_below(*inputs, state=own, hidden=hidden if part.needs_hidden else None, **shared)
             part.after_backward(inputs[0], given)
             if not soft:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..caching import Buffer, Count, Node, TokenStore, column
+from ..caching import Buffer, Count, Node, RecentTokens, TokenStore, column
 from ..config import EfficientAttentionConfig, option
 from ..ops import few
 from ..ops.codes import FEW, find_clusters, nearest_clusters
@@ -44,7 +44,7 @@ from ..ops.exact import exact_attention
 from ..ops.largest import largest_products
 from ..ops.precision import first_order, without_autocast
 from ..ops.sorted_band import Intervals, interval_attention, interval_attention_and_lse
-from ..ops.summaries import segments_of
+from ..ops.summaries import most_ended, segments_of
 from ..registry import get_config_class, register_variant
 from ..variant import EfficientAttention, HostShape
 
@@ -191,11 +191,11 @@ class ClusteredAttention(EfficientAttention):
             chunks = query[:, :, : made * b].unflatten(2, (made, b))
         else:
             begun, ended = state.count // b, (state.count + (n if lengths is None else lengths)) // b
-            made = (state.count % b + n) // b if isinstance(begun, int) else int((ended - begun).max())
-            store = state.store("queries")
+            made = most_ended(state, b, n, lengths)
+            store = state.store("queries", lambda: RecentTokens(b))
             asked = store.extend(query, query[..., :0], lengths)
             chunks = segments_of(asked.key, asked.first, begun, made, b)
-            store.keep_from(ended * b, b)
+            store.keep_from(ended * b)
         if state is not None and "read" in state.entries:
             read = Read(**state.entries["read"].entries)
         else:

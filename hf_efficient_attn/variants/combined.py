@@ -149,8 +149,7 @@ class CombinedAttention(EfficientAttention):
         for i, part in enumerate(self.parts):
             own = None
             if state is not None:
-                own = state.store(f"part{i}", part.make_state)
-                own.count = state.count  # only the layer's count is advanced between calls
+                own = state.part(f"part{i}", part.make_state)
             seen = hidden if part.needs_hidden else None
             outputs.append(part.attend_from_below(queries[i], keys[i], values[i], state=own, hidden=seen, **shared))
             part.after_backward(queries[i], outputs[-1])

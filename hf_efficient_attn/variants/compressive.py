@@ -141,18 +141,21 @@ class CompressiveAttention(EfficientAttention):
         count = 0 if state is None else state.count
         sinks = {"num_sinks": config.num_sinks, "lengths": lengths}
         context = remember(state, key, value, pattern, detach=True, **sinks)
-        slots = remember_slots(state, context, self, n, segment_size=b, **sinks)
+        recent = config.compressed_size + m // c
+        slots = remember_slots(state, context, self, n, segment_size=b, recent=recent, **sinks)
         if slots is None:
             return local_decoder(query, context, pattern, **options)
         if state is not None:
-            store, most = state.entries["slots"], config.compressed_size + m // c
-            store.keep_from((count + (n if lengths is None else lengths)) // b * self.slots - most, most)
+            store = state.entries["slots"]
+            store.keep_from((count + (n if lengths is None else lengths)) // b * self.slots - recent)
             store.map_tensors(Tensor.detach)
         slots = _Slots(config, *slots, config.num_sinks // c)
         if in_ranges(query, context, pattern, dropout):
             bias = self.slot_bias[None, :, None].expand(1, -1, slots.key.shape[2])
             pair = slots.key, slots.value
-            return range_decoder(query, context, pattern, pair, bias, slots.seen_before, scaling=scaling)
+            return range_decoder(
+                query, context, pattern, pair, bias, lambda exact: slots.seen_before(exact), scaling=scaling
+            )
         end, direct = context.first + context.key.shape[2], reads_directly(n, context, pattern)
 
         def far(position: Count) -> Part:
@@ -205,9 +208,12 @@ class _Slots:
         start = position // config.segment_size * config.segment_size
         return (start - config.memory_size) // config.compression_rate - config.compressed_size
 
-    def seen_before(self, exact: int) -> tuple[int, int]:
-        """Begin and end of what queries see whose exact part begins there, in the tensors; only where `first` is an int."""
+    def seen_before(self, exact: Count) -> tuple[Count, Count]:
+        """Begin and end of what queries see whose exact part begins there, an int where `first` is one, else (B, 1)."""
         end = exact // self.config.compression_rate
+        if isinstance(end, Tensor):
+            begin, first = (end - self.config.compressed_size).clamp_min(self.begin), column(self.first)
+            return begin - first, end - first
         begin = max(end - self.config.compressed_size, self.begin, self.first)
         return begin - self.first, max(end, begin) - self.first
 

@@ -99,6 +99,7 @@ class HedgehogAttention(EfficientAttention):
         context = remember(state, key, value, Band(w + 1), num_sinks=self.config.num_sinks, lengths=lengths)
         before = stored_sums(state)
         if has_kernel(query, state):
+            context = context.framed(Band(w + 1)) if context.ends else context
             options = {"lengths": lengths, "before": before, "scaling": scaling}
             output, after = hybrid_decoder(query, context, w, maps, gate, **options)
         else:

@@ -122,9 +122,9 @@ class InfiniAttention(EfficientAttention):
         state: AttentionState | None,
     ) -> Tensor:
         """A decoder's output, from its local part: every segment reads the memory of those before it."""
-        b, n, new = self.config.segment_size, query.shape[2], context.new
+        b, n, new = self.config.segment_size, query.shape[2], count % self.config.segment_size
         stored = None if state is None else state.entries.get("memory")
-        end = n + (new if isinstance(new, int) else int(new.max()))
+        end = n + (new if isinstance(new, int) else state.once(("furthest", b), lambda: int(new.max())))
         complete, begun = end // b, -(-end // b)  # segments, from that of the first new token on
         if stored is None and complete == 0:
             return local
@@ -133,6 +133,8 @@ class InfiniAttention(EfficientAttention):
                 d = query.shape[3]
                 accurate = torch.promote_types(query.dtype, torch.float32)
                 stored = query.new_zeros(*context.key.shape[:2], d, d + 1, dtype=accurate)
+            if complete and context.ends:
+                context = context.framed(Segments(b))
             key, value = (x[:, :, : complete * b] for x in (context.key, context.value))
             memories = self._write(stored, key, value, complete)
             if state is not None and complete:

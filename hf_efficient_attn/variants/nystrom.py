@@ -28,20 +28,20 @@ frequencies.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 from torch.utils.checkpoint import checkpoint
 
-from ..caching import Buffer, Count, TokenStore, column, take
+from ..caching import Buffer, Count, RecentTokens, TokenStore, column, take
 from ..config import option
 from ..ops.exact import exact_attention, masked_attention, sdpa
 from ..ops.joint import CHUNK, Part
 from ..ops.local import Context, Segments, in_ranges, local_decoder
 from ..ops.ranges import range_decoder
-from ..ops.summaries import SlotStore, SummaryConfig, segments_of
+from ..ops.summaries import SlotsBefore, SlotStore, SummaryConfig, most_ended, segments_of
 from ..registry import register_variant
 from ..variant import EfficientAttention, HostShape
 from .transformer_xl import TransformerXLConfig
@@ -150,7 +150,7 @@ class NystromAttention(EfficientAttention):
         tokens = TokenStore() if state is None else state.store("tokens")
         buffer = tokens.extend(key, value, lengths)
         slots = self._landmarks(query, buffer, lengths, state, scaling)
-        context = _context(buffer, pattern, config.num_sinks)
+        context = replace(_context(buffer, pattern, config.num_sinks), state=state, whole=lengths is None)
         if slots is None:
             output = local_decoder(query, context, pattern, **options)
         else:
@@ -163,10 +163,8 @@ class NystromAttention(EfficientAttention):
         """Keys and values (B, H, S, D) of the landmarks of all complete segments, those that the call completes added."""
         count, b, n = 0 if state is None else state.count, self.config.segment_size, query.shape[2]
         begun, ended = count // b, (count + (n if lengths is None else lengths)) // b
-        most = ended - begun if isinstance(ended, int) else (count % b + n) // b
-        if not isinstance(begun, int):
-            most = int((ended - begun).max())
-        queries = TokenStore() if state is None else state.store("queries")
+        most = most_ended(state, b, n, lengths)
+        queries = RecentTokens(b) if state is None else state.store("queries", lambda: RecentTokens(b))
         asked = queries.extend(query, query[..., :0], lengths)
         store = SlotStore(b, 1) if state is None else state.store("landmarks", lambda: SlotStore(b, 1))
         if most:
@@ -180,7 +178,7 @@ class NystromAttention(EfficientAttention):
             made = ended - begun
             store.extend(k_mean.to(query), values.to(query), None if isinstance(made, int) else made)
         if state is not None:
-            queries.keep_from(ended * b, b)
+            queries.keep_from(ended * b)
         held = store.entries
         return None if held["key"] is None else (_per_query_head(held["key"], query), held["value"])
 
@@ -247,9 +245,7 @@ class NystromAttention(EfficientAttention):
         if in_ranges(query, context, pattern, dropout):
             tokens = self._log_counts(0, size, query)
             bias = self.slot_bias[:, None] + tokens.to(query).masked_fill(tokens < 0, float("-inf"))
-            return range_decoder(
-                query, context, pattern, slots, bias[None], lambda exact: (0, exact // b), scaling=scaling
-            )
+            return range_decoder(query, context, pattern, slots, bias[None], SlotsBefore(b, 1), scaling=scaling)
         index = torch.arange(size, device=device)
         whole = -(-sinks // b)  # the first segment without a sink; the one before it may hold tokens, too
         ranges = [(whole - 1, whole)] if sinks % b else []

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from ..caching import AttentionState, Count, TokenStore, take
+from ..caching import AttentionState, Count, TokenStore, column, take
 from ..config import EfficientAttentionConfig, option
 from ..ops.exact import exact_attention
 from ..ops.grain import at_once
@@ -193,8 +193,11 @@ class SinkhornAttention(EfficientAttention):
         if in_ranges(query, context, Segments(b), options["dropout"]):
             flat = tuple(x.flatten(2, 3) for x in partners)
 
-            def seen(exact: int) -> tuple[int, int]:
-                partner = exact // b - start
+            def seen(exact: Count) -> tuple[Count, Count]:
+                block = exact // b
+                partner = block - column(start)
+                if isinstance(partner, Tensor):  # block 0 has none
+                    return partner * slots, (partner + (block > 0)) * slots
                 return (partner * slots, (partner + 1) * slots) if partner >= 0 else (0, 0)
 
             return range_decoder(query, context, Segments(b), flat, None, seen, scaling=options["scaling"])
