@@ -1,7 +1,7 @@
 """
 Runs every variant on a device that is not the CPU (`other_device`) and on the CPU without kernels, and compares.
 
-    python tests/on_other_device.py modules|long|models
+    python tests/on_other_device.py modules|long|models|tokens
 
 Prints a line of JSON for each case: its name, and what went wrong or null.
 """
@@ -21,7 +21,7 @@ from contract import Subject, decode, inputs, paddings, run
 from other_device import elsewhere
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from zoo import ZOO
 
 from hf_efficient_attn import available_variants, patch_model, select_variants
@@ -32,6 +32,7 @@ from hf_efficient_attn.recovery import attention_errors, attention_transfer
 from hf_efficient_attn.registry import get_config_class, get_info
 
 LENGTH = 1024
+WINDOWED = ("block", "sliding_window", "transformer_xl", "infini", "hedgehog", "nystrom", "linformer")
 
 
 def same(here: Tensor, there: Tensor, tolerance: float, what: str) -> None:
@@ -170,6 +171,27 @@ def _there(x: object) -> object:
     return x.to(other_device.NAME) if isinstance(x, Tensor) else x
 
 
+def tokens(name: str) -> None:
+    """How many operators generated tokens have to start where rows have come unequally far."""
+    tiny, started = ZOO["llama"], {}
+    model = elsewhere(patch_model(tiny.build(), get_config_class(name).tiny(True)))
+    for pad in ("none", "left"):
+        given, cache = tiny.inputs(2, 48, pad), DynamicCache()
+        ids, mask = elsewhere(given["input_ids"]), elsewhere(given["attention_mask"])
+
+        def read(begin: int, end: int, ids=ids, mask=mask, cache=cache) -> None:
+            model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+
+        with torch.no_grad():
+            read(0, 40)
+            read(40, 41)
+            with other_device.counting() as counts:
+                for n in range(41, 48):
+                    read(n, n + 1)
+        started[pad] = counts["started"]
+    assert started["left"] <= 1.55 * started["none"], f"{started} operators are started"
+
+
 def fault() -> None:
     """A mask on the wrong device."""
     x = elsewhere(torch.randn(1, 2, 5, 8))
@@ -185,6 +207,9 @@ def cases(part: str) -> Iterator[tuple[str, object]]:
         for name in ("flash", "hedgehog", "mixture_of_heads", "moe"):
             for architecture in ("bert", "llama"):
                 yield f"{name}, spread {architecture}", lambda n=name, a=architecture: spread(n, a)
+        return
+    if part == "tokens":
+        yield from ((name, lambda n=name: tokens(n)) for name in WINDOWED)
         return
     if part == "long":
         yield "small steps", small_steps

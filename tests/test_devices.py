@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).with_name("on_other_device.py")
 
 
 CASES = 2 * len(available_variants("attention"))
-COUNTS = {"modules": CASES, "long": CASES, "models": 2 * len(available_variants()) + 8}
+COUNTS = {"modules": CASES, "long": CASES, "models": 2 * len(available_variants()) + 8, "tokens": 7}
 
 
 @pytest.mark.skipif(
