@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     settings = {name: value for name, value in settings.items() if name not in ("variants", "output")}
     results = open_results(options.output, settings, "examples.choose", args)
     table = candidates(options)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, options.length)
     batches = [{"input_ids": ids} for ids in stretches(tokenizer, [options.choose_on], options.length, options.windows)]
     parts = stretches(tokenizer, [options.judge_on], options.length, options.windows)
     found = select_variants(model, batches, candidates=list(table.items()), budget=budget, per_head=options.per_head)

@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     chosen = read_variants(options.variants)
     settings = {"model": options.model, "texts": [Path(t).name for t in options.texts], "numbers": options.numbers}
     results = open_results(options.output, settings, "examples.passkey", args, chosen)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, max(options.lengths))
     texts = [tokenizer(read_text(name), return_tensors="pt", verbose=False).input_ids[0] for name in options.texts]
     generator = torch.Generator().manual_seed(0)
     numbers = [

@@ -37,15 +37,26 @@ from examples.rows import (
 )
 from hf_efficient_attn import available_variants
 from hf_efficient_attn.dispatch import CHILD
-from hf_efficient_attn.hosts import base_model, find_hosts
+from hf_efficient_attn.hosts import base_model, find_hosts, learned_positions
 from hf_efficient_attn.losses import causal_lm_losses
 from hf_efficient_attn.measuring import cache_bytes, peak_memory, state_bytes
 
 
-def load(name: str) -> tuple[torch.nn.Module, object]:
-    """An embedded model by name, or any that `from_pretrained` finds."""
+def load(name: str, longest: int = 0) -> tuple[torch.nn.Module, object]:
+    """
+    An embedded model by name, or any that `from_pretrained` finds.
+
+    Raises:
+        ValueError: its learned positions end before `longest` tokens.
+    """
     place, keywords = source(name)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **keywords).eval()
+    limit = learned_positions(base_model(model))
+    if limit is not None and limit < longest:
+        raise ValueError(
+            f"{name} reads {limit} tokens at most, as its learned positions end there; {longest} are asked for. Give a "
+            "smaller length, or save the model with more (hf_efficient_attn.extend_positions)."
+        )
     return model, AutoTokenizer.from_pretrained(place, **keywords)
 
 
@@ -127,7 +138,7 @@ def main(args: Sequence[str] | None = None) -> dict:
     chosen = read_variants(options.variants)
     settings = {"model": options.model, "texts": [Path(t).name for t in options.texts], "windows": options.windows}
     results = open_results(options.output, settings, "examples.perplexity", args, chosen)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, max(options.lengths))
     for length in options.lengths:
         parts = stretches(tokenizer, options.texts, length, options.windows)
         for label, config in chosen.items():

@@ -163,6 +163,19 @@ def test_selection_is_judged_on_another_text(folder, tmp_path) -> None:
         choose.main([*given, "--output", str(tmp_path / "s.json")])
 
 
+@pytest.mark.parametrize("program", [choose, perplexity, passkey])
+def test_texts_longer_than_learned_positions_are_refused(folder, tmp_path, program) -> None:
+    text, more = str(folder / "text.txt"), ["--texts", str(folder / "text.txt"), "--lengths", "32", "65"]
+    if program is choose:
+        more = ["--choose-on", text, "--judge-on", text, "--length", "65", "--max-cost", "0.5"]
+    given = ["--model", str(folder / "gpt2"), "--variants", "block", *more, "--output", str(tmp_path / "a.json")]
+    with pytest.raises(
+        ValueError, match="gpt2 reads 64 tokens at most, as its learned positions end there; 65 are asked"
+    ):
+        program.main(given)
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_what_programs_are_given_wrong_is_a_sentence(tmp_path, capsys) -> None:
     (tmp_path / "list.yaml").write_text("- block\n")
     (tmp_path / "empty.yaml").write_text("")
