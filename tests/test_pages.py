@@ -75,6 +75,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert "no_such_name" not in named
 
 
+@pytest.mark.slow  # measures and chooses
 def test_the_reference_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").symlink_to(ROOT / "results")
