@@ -158,7 +158,10 @@ class LayerDescription:
     def of(cls, layer: int, name: str, variant: EfficientLayer | None, counted: set[nn.Parameter]) -> LayerDescription:
         """`counted` holds the parameters of earlier layers, and gets those of this one."""
         settings = {} if variant is None else variant.config.to_dict()
-        own = set() if variant is None else set(variant.parameters()) - counted
+        named = [] if variant is None else variant.named_parameters()
+        own = {
+            p for name, p in named if not name.startswith("original_module.")
+        } - counted  # of which PEFT trains a copy
         counted |= own
         added = sum(p.numel() for p in own)
         return cls(layer, name, settings.pop("variant", None), settings, added)

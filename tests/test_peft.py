@@ -111,8 +111,10 @@ def test_new_parameters_beside_lora(tmp_path: Path):
     tiny, inputs = ZOO["llama"], ZOO["llama"].inputs()
     base = patch_model(tiny.build(), "linformer", rank=8, max_length=32, segment_size=4)
     base.save_pretrained(tmp_path / "base")
+    rows = hea.describe(base)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["efficient_attn"])
     model = get_peft_model(base, config)
+    assert hea.describe(model) == rows  # a copy that is trained counts once
     trained = [n for n, p in model.named_parameters() if p.requires_grad and ".efficient_attn." in n]
     assert trained
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n in trained}
