@@ -12,6 +12,7 @@ from zoo import PAD, ZOO
 
 from hf_efficient_attn import patch_model, patched
 from hf_efficient_attn.caching import AttentionState
+from hf_efficient_attn.registry import get_config_class
 
 DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen3", "gemma2_nocap", "phi3")
 VARIANTS = {
@@ -323,3 +324,22 @@ def test_a_further_decoder_in_the_model_takes_no_place_in_the_cache(layers: str)
     model.depth_decoder = ZOO["gpt2"].build()
     patch_model(model, {"2-3": "block", **({} if layers == "2-3" else {"0-1": "flash"})})
     assert torch.equal(generated(model, inputs), generated(ZOO["llama"].build(), inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "variant", ["block", "sliding_window", "infini", "hedgehog", "compressive", "linformer", "sinkhorn"]
+)
+def test_unequal_rows_token_by_token(variant: str):
+    """Layers share what they make for rows that have come unequally far; rows complete segments at different tokens."""
+    model = patch_model(ZOO["llama"].build(), get_config_class(variant).tiny(True))
+    inputs = ZOO["llama"].inputs(batch=3, length=45, pad="left")
+    ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], DynamicCache()
+    whole, pieces, begin = model(ids, attention_mask=mask, use_cache=False).logits, [], 0
+    for end in (24, *range(25, 37), 39, 40, 45):
+        read = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        pieces.append(read.logits)
+        begin = end
+    real = mask.bool()
+    assert not real[:, :24].all()
+    assert (torch.cat(pieces, 1) - whole)[real].abs().max() < 1e-4
