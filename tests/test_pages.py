@@ -113,14 +113,3 @@ def test_refusals_are_quoted_as_they_are_raised() -> None:
     assert len(quoted) > 50
     assert [part for part in quoted if not any(part in sentence for sentence in spoken)] == []
     assert not any("no such sentence" in sentence for sentence in spoken)
-
-
-@pytest.mark.parametrize("page", [API, TRAINING, LIMITS], ids=lambda page: page.stem)
-def test_links_exist(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)?(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
-    assert links
-    for path, anchor in links:
-        target = page.parent / path if path else page
-        assert target.exists(), path
-        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
-        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
