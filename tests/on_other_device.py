@@ -33,6 +33,15 @@ from hf_efficient_attn.registry import get_config_class, get_info
 
 LENGTH = 1024
 WINDOWED = ("block", "sliding_window", "transformer_xl", "infini", "hedgehog", "nystrom", "linformer")
+# Operators that a layer may start, and numbers that it may wait for, where that is not 900 and 6. Linear maps compute chunks
+# side by side.
+MOST = {
+    "linear": (120, 0),
+    "performer": (190, 1),
+    "rfa": (200, 0),
+    "cosformer": (130, 0),
+    "hedgehog": (550, 0),
+}
 
 
 def same(here: Tensor, there: Tensor, tolerance: float, what: str) -> None:
@@ -86,8 +95,9 @@ def long(name: str, causal: bool) -> None:
     same(run(here, *given), output, 1e-4, "output")
     for i in range(3):
         same(given[i].grad, moved[i].grad, 1e-3, f"gradient {i}")
-    assert counts["started"] <= 900, f"{counts['started']} operators are started"
-    assert counts["waited for"] <= 8, f"{counts['waited for']} numbers are waited for"
+    started, waited = MOST.get(name, (900, 6))
+    assert counts["started"] <= started, f"{counts['started']} operators are started"
+    assert counts["waited for"] <= waited, f"{counts['waited for']} numbers are waited for"
 
 
 def small_steps() -> None:

@@ -40,12 +40,13 @@ SPAN = 256  # tokens of an encoder whose features exist at one time, at least; a
 CHUNK = 64  # tokens of a decoder that read one another directly; SPAN is a multiple
 
 
-def sizes(query: Tensor, features: Features) -> tuple[int, int]:
-    """Tokens of a chunk and of a span on the queries' device."""
+def sizes(query: Tensor, features: Features) -> tuple[int, int, int]:
+    """Tokens of a chunk, of a piece, whose chunks are computed side by side, and of a span, on the queries' device."""
     if not has_price(query.device):
-        return CHUNK, SPAN
+        return CHUNK, CHUNK, SPAN
     features_of_a_span = query.shape[:2].numel() * features.size * SPAN
-    return SPAN, SPAN * max(1, at_once(features_of_a_span, query.device) // features_of_a_span)
+    span = SPAN * max(1, min(SPAN, at_once(features_of_a_span, query.device) // features_of_a_span))
+    return SPAN, span, span
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _one_token(features: Features, query, key, value, before: Sums, lengths, log
         reference = finite(higher)
         total, top = rescale(total, top, reference), higher
     if features.logarithmic:
-        phi_q, phi_k = _exp_query(phi_q, reference, groups), _exp_key(phi_k, reference)
+        phi_q, phi_k = _exp_query(phi_q, reference[:, :, None], groups), _exp_key(phi_k, reference[:, :, None])
     elif log_k is not None:
         value.mul_((log_k - reference).exp_()[..., None])
     total = torch.baddbmm(total.flatten(0, 1), phi_k.flatten(0, 1).mT, value.flatten(0, 1)).view_as(total)
@@ -198,34 +199,39 @@ class _Causal(torch.autograd.Function):
         if features.floor is not None:
             output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         sums = query.new_empty(*query.shape[:3], value.shape[3] + 1, dtype=top.dtype) if output is None else None
-        chunk_size, span_size = sizes(query, features)
-        pending, places, states, references = cuts(query.shape[2], chunk_size)[::-1], [], [], References(top)
+        chunk_size, piece_size, span_size = sizes(query, features)
+        pending, places, states, references = (
+            _pieces(query.shape[2], chunk_size, piece_size)[::-1],
+            [],
+            [],
+            References(top),
+        )
         while pending:
-            place = pending.pop()
+            place, marks = pending.pop(), None
             raw, _ = map_k(place, lengths)
             if relative:
-                followed = references.follow(raw if features.logarithmic else log_k[:, :, place, None], total)
-                if followed is None:
-                    pending += halves(place)
+                logs = raw if features.logarithmic else log_k[:, :, place, None]
+                marks = references.follow(logs, _chunk_size(place, chunk_size))
+                if marks is None:
+                    pending += halves(place, chunk_size)
                     continue
-                total = followed
             if place.start % span_size == 0:
                 states.append(total)
-                total = total.clone()
-            chunk = _Chunk.of(map_q(place)[0], raw, value, place, references.all[-1], features, log_q, log_k)
-            read = chunk.read(total)
+            piece = _Piece.of(map_q(place)[0], raw, value, place, chunk_size, marks, features, log_q, log_k)
+            befores, total = piece.sums(total)
+            read = piece.read(befores)
             if output is None:
                 sums[:, :, place] = read
             else:
                 _divide(read, features.floor, output[:, :, place], normaliser[:, :, place])
-            chunk.enter(total)
-            places.append((place, len(references.all) - 1))
+            places.append((place, marks))
+        settled = None
         if relative:
-            total = references.settle(total)
-        ctx.features, ctx.spans = features, by_span(places, span_size)
-        ctx.save_for_backward(
-            query, key, value, output, normaliser, lengths, log_q, log_k, *params, *states, *references.all
-        )
+            settled = references.settled().to(total.dtype)
+            total = total * settled
+        ctx.features, ctx.places, ctx.sizes = features, [place for place, _ in places], (chunk_size, span_size)
+        kept = query, key, value, output, normaliser, lengths, log_q, log_k, settled
+        ctx.save_for_backward(*kept, *params, *states, *(marks for _, marks in places))
         ctx.mark_non_differentiable(references.top)
         ctx.set_materialize_grads(False)
         return sums if output is None else output, total, references.top
@@ -234,26 +240,25 @@ class _Causal(torch.autograd.Function):
     @first_order
     @without_autocast
     def backward(ctx, grad, grad_total, _):
-        features, (query, key, value, output, normaliser, lengths, log_q, log_k, *rest) = (
-            ctx.features,
-            ctx.saved_tensors,
-        )
-        count, spans = len(features.params), ctx.spans
-        params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
+        query, key, value, output, normaliser, lengths, log_q, log_k, settled, *rest = ctx.saved_tensors
+        features, count, (chunk_size, span_size) = ctx.features, len(ctx.features.params), ctx.sizes
+        params, states, marks = rest[:count], rest[count : -len(ctx.places)], rest[-len(ctx.places) :]
+        spans = by_span(list(zip(ctx.places, marks, strict=True)), span_size)
         map_q, map_k = feature_maps(features, query, key, params, states[0].dtype, ctx.needs_input_grad[9:])
         grad_value = torch.empty_like(value)
         of_log_q, of_log_k = (None if x is None else torch.empty_like(x) for x in (log_q, log_k))
         if grad is None:
             grad = query.new_zeros(*query.shape[:3], value.shape[3] + (output is None))
-        grad_total = torch.zeros_like(states[0]) if grad_total is None else grad_total.clone()
-        latest = len(references) - 1
+        if grad_total is None:
+            grad_total = torch.zeros_like(states[0])
+        elif settled is not None:
+            grad_total = grad_total * settled
         for span, total in zip(spans[::-1], states[::-1], strict=True):
-            total, current, later = total.clone(), span[0][1], []
-            for place, index in span:
-                if index != current:
-                    total, current = rescale(total, references[current], references[index]), index
+            later = []
+            for place, marks in span:
                 (raw_q, pull_q), (raw_k, pull_k) = map_q(place), map_k(place, lengths)
-                chunk = _Chunk.of(raw_q, raw_k, value, place, references[index], features, log_q, log_k)
+                piece = _Piece.of(raw_q, raw_k, value, place, chunk_size, marks, features, log_q, log_k)
+                befores, total = piece.sums(total)
                 slope = grad[:, :, place]
                 if output is not None:
                     slope = _of_quotient(grad, output, normaliser, features.floor, place)
@@ -261,104 +266,160 @@ class _Causal(torch.autograd.Function):
                     read = torch.cat([output[:, :, place], torch.ones_like(output[:, :, place, :1])], 3)
                     of_read = (slope * read).sum(3) * normaliser[:, :, place]
                     of_log_q[:, :, place] = of_read.unflatten(1, (key.shape[1], -1)).sum(2)
-                    slope = chunk.times(slope)
-                slope = chunk.by_group(slope)
-                of_weights = chunk.of_weights(slope)
-                pull_q(chunk.of_query(slope, of_weights, total))
-                chunk.enter(total)
-                later.append((place, index, chunk, slope, of_weights, pull_k))
-            for place, index, chunk, slope, of_weights, pull_k in reversed(later):
-                if index != latest:
-                    grad_total, latest = rescale(grad_total, references[index], references[latest]), index
-                of_value = chunk.of_value(slope, grad_total, log_k is not None)
+                    slope = piece.times(slope)
+                slope = piece.by_chunk(slope)
+                of_weights = piece.of_weights(slope)
+                pull_q(piece.of_query(slope, of_weights, befores))
+                later.append((place, piece, slope, of_weights, pull_k))
+            for place, piece, slope, of_weights, pull_k in reversed(later):
+                grad_total, of_sums = piece.of_sums(slope, grad_total)
+                of_value = piece.of_value(slope, of_sums, log_k is not None)
                 if log_k is not None:
-                    of_log_k[:, :, place] = (of_value * chunk.value.view_as(of_value)).sum(3)
-                    of_value = of_value[..., :-1].mul_(chunk.key_weight)
+                    of_log_k[:, :, place] = (of_value * piece.by_head(piece.value)).sum(3)
+                    of_value = of_value[..., :-1].mul_(piece.key_weight)
                 grad_value[:, :, place] = of_value
-                pull_k(chunk.of_key(of_weights, grad_total))
-                chunk.leave(slope, grad_total)
-        if len(references) > 1:
-            grad_total = rescale(grad_total, references[0], references[latest])
+                pull_k(piece.of_key(of_weights, of_sums))
         grads = map_q.of_x, map_k.of_x, grad_value, grad_total, None, of_log_q, of_log_k
         return None, None, *grads, *map_q.of_params
 
 
+def _pieces(length: int, chunk: int, size: int) -> list[slice]:
+    """What is not a whole chunk, at the end, is a piece of its own."""
+    whole = length // chunk * chunk
+    return cuts(whole, size) + [slice(whole, length)] * (whole < length)
+
+
+def _chunk_size(place: slice, chunk: int) -> int:
+    return min(place.stop - place.start, chunk)
+
+
 @dataclass(frozen=True)
-class _Chunk:
+class _Piece:
     """
-    Tokens of a decoder that read one another and the sums before them. q (P, m, R C) and k (P, m, C): features, which
-    stand in rows because that is how matrix products read them fastest. value (P, C, D + 1), ones behind.
-    `total`, `grad_total` (B, G, m, D + 1): sums, and what later queries ask of them, relative to the chunk's reference.
+    K chunks of a decoder's tokens, which read one another within a chunk, and the sums before it. q (Q, m, R C) and
+    k (Q, m, C), Q = B G K: features, which stand in rows because that is how matrix products read them fastest.
+    value (Q, C, D + 1), ones behind.
+    carry (B, G, m or 1, K + 1, K + 1): what is left, before a chunk and after the last one (rows), of the sums before the piece
+    and of what each chunk adds (columns), since sums are relative to the reference of the chunk that reads them. None: all.
     """
 
     q: Tensor
     k: Tensor
     value: Tensor
-    shape: tuple[int, int, int]  # B, G, C
+    carry: Tensor | None
+    shape: tuple[int, int, int, int]  # B, G, K, C
     logarithmic: bool
-    query_weight: Tensor | None = None  # (B, G, C, 1), of what is read
+    query_weight: Tensor | None = None  # (B, G, K C, 1), of what is read
     key_weight: Tensor | None = None  # alike, of `value`, where it is included
 
     @staticmethod
-    def of(raw_q, raw_k, value, place: slice, reference: Tensor, features: Features, log_q, log_k) -> _Chunk:
-        batch, groups, size, _ = raw_k.shape
-        center, weights = reference if features.logarithmic else None, (None, None)
-        q = _group(_exp_query(raw_q, center, groups), groups).flatten(0, 1).mT
-        k = _exp_key(raw_k, center).flatten(0, 1).mT
+    def of(raw_q, raw_k, value, place: slice, chunk: int, marks, features: Features, log_q, log_k) -> _Piece:
+        """marks: as from `References.follow`, or None."""
+        batch, groups, length, _ = raw_k.shape
+        size = _chunk_size(place, chunk)
+        shape, weights = (batch, groups, length // size, size), (None, None)
+        reference, carry = (None, None) if marks is None else (finite(marks[:, :, 1:]), _carry(marks).to(raw_k.dtype))
+        center = reference if features.logarithmic else None
+        q = _rows(_exp_query(raw_q, center, groups), shape)
+        k = _rows(_exp_key(raw_k, center), shape)
         value = _with_one(value, place, k.dtype)
         if log_k is not None:
-            logs = (log_q[:, :, place] + reference, log_k[:, :, place] - reference)
-            weights = tuple(x.exp()[..., None].to(k.dtype) for x in logs)
+            own = reference.expand(-1, -1, -1, size).flatten(2)
+            weights = tuple(
+                x.exp()[..., None].to(k.dtype) for x in (log_q[:, :, place] + own, log_k[:, :, place] - own)
+            )
             value.mul_(weights[1])
-        return _Chunk(q, k, value.flatten(0, 1), (batch, groups, size), features.logarithmic, *weights)
+        return _Piece(q, k, _by_chunk(value, shape), carry, shape, features.logarithmic, *weights)
 
     def times(self, x: Tensor) -> Tensor:
-        """Numbers of each query (B, H, C, E) times its weight."""
+        """Numbers of each query (B, H, K C, E) times its weight."""
         if self.query_weight is None:
             return x
         return (x.unflatten(1, (self.shape[1], -1)) * self.query_weight[:, :, None]).flatten(1, 2)
 
-    def by_group(self, x: Tensor) -> Tensor:
-        """(B, H, C, E) -> (P, R C, E)."""
-        return _group(x, self.shape[1]).flatten(0, 1)
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """(B, H, K C, E) -> (Q, R C, E)."""
+        return _by_chunk(x, self.shape)
 
     def by_head(self, x: Tensor) -> Tensor:
-        """Inverse of `by_group`, and the same for keys: (P, R C, E) -> (B, H, C, E)."""
-        batch, _, size = self.shape
-        return x.unflatten(1, (-1, size)).flatten(0, 1).unflatten(0, (batch, -1))
+        """Inverse of `by_chunk`, and the same for keys: (Q, R C, E) -> (B, H, K C, E)."""
+        x = x.view(*self.shape[:3], -1, self.shape[3], x.shape[2])
+        return x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
-    def read(self, total: Tensor) -> Tensor:
-        """(B, H, C, D + 1)"""
+    def sums(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Those before each chunk, (Q, m, D + 1), and (B, G, m, D + 1) those after the last, from those before the piece."""
+        if self.shape[2] == 1:
+            before = self._faded(total).flatten(0, 1)
+            return before, torch.baddbmm(before, self.k, self.value).view_as(total)
+        own = torch.bmm(self.k, self.value).unflatten(0, self.shape[:3])
+        sums = torch.cat([total[:, :, None], own], 2)
+        sums = sums.cumsum(2) if self.carry is None else _carried(sums, self.carry)
+        return sums[:, :, :-1].flatten(0, 2), sums[:, :, -1]
+
+    def of_sums(self, slope: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the sums before the piece and of what each chunk adds; slope (Q, R C, D + 1) is that of `read`."""
+        if self.shape[2] == 1:
+            later = grad_total.flatten(0, 1)
+            return self._faded(torch.baddbmm(later, self.q, slope).view_as(grad_total)), later
+        own = torch.bmm(self.q, slope).unflatten(0, self.shape[:3])
+        sums = torch.cat([own, grad_total[:, :, None]], 2)
+        sums = sums.flip(2).cumsum(2).flip(2) if self.carry is None else _carried(sums, self.carry.mT)
+        return sums[:, :, 0], sums[:, :, 1:].flatten(0, 2)
+
+    def _faded(self, total: Tensor) -> Tensor:
+        """Sums before the piece, or their gradient, as they are before its first chunk."""
+        return total if self.carry is None else total * self.carry[..., 0, :1]
+
+    def read(self, befores: Tensor) -> Tensor:
+        """(B, H, K C, D + 1)"""
         weights = _past(torch.bmm(self.q.mT, self.k))
-        return self.times(self.by_head(torch.bmm(weights, self.value).baddbmm_(self.q.mT, total.flatten(0, 1))))
-
-    def enter(self, total: Tensor) -> None:
-        """Adds the chunk's keys in place."""
-        total.flatten(0, 1).baddbmm_(self.k, self.value)
-
-    def leave(self, slope: Tensor, grad_total: Tensor) -> None:
-        """Adds in place what the chunk's queries ask of the sums before it; slope (P, R C, D + 1) is that of `read`."""
-        grad_total.flatten(0, 1).baddbmm_(self.q, slope)
+        return self.times(self.by_head(torch.bmm(weights, self.value).baddbmm_(self.q.mT, befores)))
 
     def of_weights(self, slope: Tensor) -> Tensor:
-        """(P, R C, C)"""
+        """(Q, R C, C)"""
         return _past(torch.bmm(slope, self.value.mT))
 
-    def of_query(self, slope: Tensor, of_weights: Tensor, total: Tensor) -> Tensor:
-        """(B, H, C, m)"""
-        of_q = torch.bmm(self.k, of_weights.mT).baddbmm_(total.flatten(0, 1), slope.mT)
+    def of_query(self, slope: Tensor, of_weights: Tensor, befores: Tensor) -> Tensor:
+        """(B, H, K C, m)"""
+        of_q = torch.bmm(self.k, of_weights.mT).baddbmm_(befores, slope.mT)
         return self.by_head((of_q.mul_(self.q) if self.logarithmic else of_q).mT)
 
-    def of_key(self, of_weights: Tensor, grad_total: Tensor) -> Tensor:
-        """(B, G, C, m)"""
-        of_k = torch.bmm(self.q, of_weights).baddbmm_(grad_total.flatten(0, 1), self.value.mT)
+    def of_key(self, of_weights: Tensor, of_sums: Tensor) -> Tensor:
+        """(B, G, K C, m)"""
+        of_k = torch.bmm(self.q, of_weights).baddbmm_(of_sums, self.value.mT)
         return self.by_head((of_k.mul_(self.k) if self.logarithmic else of_k).mT)
 
-    def of_value(self, slope: Tensor, grad_total: Tensor, ones: bool) -> Tensor:
-        """(B, G, C, D), or D + 1 with the column of ones."""
+    def of_value(self, slope: Tensor, of_sums: Tensor, ones: bool) -> Tensor:
+        """(B, G, K C, D), or D + 1 with the column of ones."""
         weights, width = _past(torch.bmm(self.q.mT, self.k)).mT, slope.shape[2] - (not ones)
         of_value = torch.bmm(weights, slope[..., :width])
-        return self.by_head(of_value.baddbmm_(self.k.mT, grad_total.flatten(0, 1)[..., :width]))
+        return self.by_head(of_value.baddbmm_(self.k.mT, of_sums[..., :width]))
+
+
+def _by_chunk(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """(B, H, K C, E) -> (B G K, R C, E); shape: B, G, K, C."""
+    x = x.unflatten(1, (shape[1], -1)).unflatten(3, shape[2:])
+    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+
+
+def _rows(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """(B, H, K C, m) -> (B G K, m, R C)."""
+    x = x.unflatten(1, (shape[1], -1)).unflatten(3, shape[2:])
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(0, 2).flatten(2)
+
+
+def _carry(marks: Tensor) -> Tensor:
+    if marks.shape[2] == 2:  # of a single chunk, `_Piece.sums` needs what is left before it
+        return (marks[:, :, :1] - finite(marks[:, :, 1:])).exp().mT[..., None]
+    now = finite(torch.cat([marks[:, :, 1:], marks[:, :, -1:]], 2))
+    return (marks.mT[..., None, :] - now.mT[..., None]).exp().tril_()
+
+
+def _carried(sums: Tensor, carry: Tensor) -> Tensor:
+    """(B, G, K + 1, m, E), each a sum over all K + 1."""
+    shape = sums.shape
+    sums = sums.unflatten(3, (carry.shape[2], -1)).transpose(2, 3).flatten(4)
+    return (carry @ sums).transpose(2, 3).reshape(shape)
 
 
 class _Bidirectional(torch.autograd.Function):
@@ -366,15 +427,15 @@ class _Bidirectional(torch.autograd.Function):
     @without_autocast
     def forward(ctx, features, lengths, query, key, value, total, top, *params):
         map_q, map_k = feature_maps(features, query, key, params, top.dtype)
-        spans, groups = cuts(query.shape[2], sizes(query, features)[1]), key.shape[1]
+        spans, groups = cuts(query.shape[2], sizes(query, features)[-1]), key.shape[1]
         for place in spans:
             (raw, _), reference = map_k(place, lengths), None
             if features.logarithmic:
                 higher = torch.maximum(top, raw.amax(2))
-                reference = finite(higher)
-                total, top = rescale(total, top, reference), higher
+                reference = finite(higher)[:, :, None]
+                total, top = rescale(total, top, reference[:, :, 0]), higher
             total = total + _exp_key(raw, reference).mT @ _with_one(value, place, top.dtype)
-        reference = finite(top) if features.logarithmic else None
+        reference = finite(top)[:, :, None] if features.logarithmic else None
         output, normaliser = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=top.dtype)
         for place in spans:
             read = _group(_exp_query(map_q(place)[0], reference, groups), groups) @ total
@@ -391,7 +452,7 @@ class _Bidirectional(torch.autograd.Function):
         features = ctx.features
         query, key, value, output, normaliser, lengths, total, reference, *params = ctx.saved_tensors
         map_q, map_k = feature_maps(features, query, key, params, total.dtype, ctx.needs_input_grad[7:])
-        spans, groups = cuts(query.shape[2], sizes(query, features)[1]), key.shape[1]
+        spans, groups = cuts(query.shape[2], sizes(query, features)[-1]), key.shape[1]
         grad_value, grad_total = torch.empty_like(value), torch.zeros_like(total)
         for place in spans:
             raw, pull = map_q(place)
@@ -415,14 +476,18 @@ def _with_one(value: Tensor, place: slice, accurate: torch.dtype) -> Tensor:
 
 
 def _exp_key(raw: Tensor, reference: Tensor | None) -> Tensor:
-    return raw if reference is None else raw.sub_(reference[:, :, None]).exp_()
+    """raw (B, G, K C, m), reference (B, G, K, m)."""
+    if reference is None:
+        return raw
+    raw.unflatten(2, (reference.shape[2], -1)).sub_(reference[:, :, :, None])
+    return raw.exp_()
 
 
 def _exp_query(raw: Tensor, reference: Tensor | None, groups: int) -> Tensor:
-    """Over the largest feature, which cancels."""
+    """Over the largest feature, which cancels; raw (B, H, K C, m), reference (B, G, K, m)."""
     if reference is None:
         return raw
-    raw.unflatten(1, (groups, -1)).add_(reference[:, :, None, None])
+    raw.unflatten(1, (groups, -1)).unflatten(3, (reference.shape[2], -1)).add_(reference[:, :, None, :, None])
     return raw.sub_(raw.amax(3, keepdim=True)).exp_()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import kernels
-from .features import Features, References, by_span, cuts, feature_maps, halves, rescale
+from .features import Features, References, by_span, cuts, feature_maps, finite, halves, rescale
 from .precision import first_order, without_autocast
 
 SPAN = 256  # tokens
@@ -40,25 +40,27 @@ class FeatureScan(torch.autograd.Function):
         total, references = total.clone(memory_format=torch.contiguous_format), References(top)
         pending, places, states = cuts(query.shape[2], SPAN)[::-1], [], []
         while pending:
-            place, weights = pending.pop(), (None, None)
+            place, marks, weights = pending.pop(), None, (None, None)
             if log_k is not None:
-                followed = references.follow(log_k[:, :, place, None], total)
-                if followed is None:
+                marks = references.follow(log_k[:, :, place, None], place.stop - place.start)
+                if marks is None:
                     pending += halves(place)
                     continue
-                total, weights = followed, _weights(log_q, log_k, place, references.all[-1])
+                total, weights = _followed(total, marks), _weights(log_q, log_k, place, marks)
             if place.start % SPAN == 0 and any(ctx.needs_input_grad):
                 states.append(total.clone())
             maps = map_q(place)[0], map_k(place, lengths)[0]
             given = *(_rows(*pair) for pair in zip(maps, weights, strict=True)), value[:, :, place]
             results = output[:, :, place], normaliser[:, :, place]
             _run("features_forward", given, features.floor, (total,), (), results)
-            places.append((place, len(references.all) - 1))
+            places.append((place, marks))
+        settled = None
         if log_k is not None:
-            total = references.settle(total)
-        ctx.features, ctx.places = features, places
-        kept = query, key, value, output, normaliser, lengths, log_q, log_k
-        ctx.save_for_backward(*kept, *params, *states, *references.all)
+            settled = references.settled().to(total.dtype)
+            total = total * settled
+        ctx.features, ctx.places = features, [place for place, _ in places]
+        kept = query, key, value, output, normaliser, lengths, log_q, log_k, settled
+        ctx.save_for_backward(*kept, *params, *states, *(marks for _, marks in places))
         ctx.mark_non_differentiable(references.top)
         ctx.set_materialize_grads(False)
         return output, total, references.top
@@ -67,33 +69,30 @@ class FeatureScan(torch.autograd.Function):
     @first_order
     @without_autocast
     def backward(ctx, grad, later, _):
-        query, key, value, output, normaliser, lengths, log_q, log_k, *rest = ctx.saved_tensors
-        features, count, spans = ctx.features, len(ctx.features.params), by_span(ctx.places, SPAN)
-        params, states, references = rest[:count], rest[count : count + len(spans)], rest[count + len(spans) :]
+        query, key, value, output, normaliser, lengths, log_q, log_k, settled, *rest = ctx.saved_tensors
+        features, count = ctx.features, len(ctx.features.params)
+        params, states, marks = rest[:count], rest[count : -len(ctx.places)], rest[-len(ctx.places) :]
+        spans = by_span(list(zip(ctx.places, marks, strict=True)), SPAN)
         map_q, map_k = feature_maps(features, query, key, params, torch.float32, ctx.needs_input_grad[9:])
         of_value = value.new_empty(value.shape)
         of_log_q, of_log_k = None, None if log_k is None else torch.empty_like(log_k)
         grad = torch.zeros_like(output) if grad is None else grad
         later = torch.zeros_like(states[0]) if later is None else later.clone(memory_format=torch.contiguous_format)
-        latest = len(references) - 1
+        later = later if settled is None else later * settled
 
-        def made(place: slice, index: int):
+        def made(place: slice, marks: Tensor | None):
             """Maps of a piece's queries and keys, weights and features, (B, H or G, m, T)."""
             maps = map_q(place), map_k(place, lengths)
-            weights = (None, None) if log_k is None else _weights(log_q, log_k, place, references[index])
+            weights = (None, None) if log_k is None else _weights(log_q, log_k, place, marks)
             return maps, weights, [_rows(raw, weight) for (raw, _), weight in zip(maps, weights, strict=True)]
 
         for span, total in zip(spans[::-1], states[::-1], strict=True):
             befores = [total.clone()]
-            for (place, index), (_, following) in pairwise(span):  # where weights rise fast
-                total = befores[-1] + made(place, index)[2][1] @ pad(value[:, :, place].float(), (0, 1), value=1.0)
-                befores.append(rescale(total, references[index], references[following]))
-            for (place, index), total in zip(span[::-1], befores[::-1], strict=True):
-                later, latest = (
-                    rescale(later, references[index], references[latest]) if index != latest else later,
-                    index,
-                )
-                maps, weights, phi = made(place, index)
+            for (place, marks), (_, following) in pairwise(span):  # where weights rise fast
+                total = befores[-1] + made(place, marks)[2][1] @ pad(value[:, :, place].float(), (0, 1), value=1.0)
+                befores.append(_followed(total, following))
+            for (place, marks), total in zip(span[::-1], befores[::-1], strict=True):
+                maps, weights, phi = made(place, marks)
                 of_phi, saved = (
                     [x.new_empty(x.shape) for x in phi],
                     [x[:, :, place] for x in (output, normaliser, grad)],
@@ -105,15 +104,21 @@ class FeatureScan(torch.autograd.Function):
                     of_phi = [_times(*pair) for pair in zip(of_phi, weights, strict=True)]
                 for (_, pull), slope in zip(maps, of_phi, strict=True):
                     pull(slope.mT)
+                later = _followed(later, marks)
         if log_q is not None:  # what a query reads cancels but where the floor is its divisor
             kept = (grad.to(log_q.dtype) * output).sum(3).masked_fill(normaliser.abs() > features.floor, 0)
             of_log_q = kept.unflatten(1, (key.shape[1], -1)).sum(2)
-        later = rescale(later, references[0], references[latest]) if latest else later
         return None, None, map_q.of_x, map_k.of_x, of_value, later, None, of_log_q, of_log_k, *map_q.of_params
 
 
-def _weights(log_q: Tensor, log_k: Tensor, place: slice, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, G, 1, T) both, from logarithms (B, G, N), relative to the reference (B, G, 1) of sums."""
+def _followed(total: Tensor, marks: Tensor | None) -> Tensor:
+    """Sums before a piece relative to its reference, or gradients the other way; marks: as from `References.follow`."""
+    return total if marks is None else rescale(total, marks[:, :, 0], finite(marks[:, :, 1]))
+
+
+def _weights(log_q: Tensor, log_k: Tensor, place: slice, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, G, 1, T) both, from logarithms (B, G, N), relative to the piece's reference."""
+    reference = finite(marks[:, :, 1])
     return tuple((x[:, :, place] + r).exp()[:, :, None].float() for x, r in ((log_q, reference), (log_k, -reference)))
 
 

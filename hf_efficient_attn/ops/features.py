@@ -109,28 +109,31 @@ def feature_maps(features: Features, query, key, params, accurate: torch.dtype, 
 
 class References:
     """
-    What a decoder's sums are relative to, one after the other, since logarithms of weights may rise without end: `all` of them,
-    of which the first is the `top` that the sums came with, the running maximum of the logarithms.
+    What a decoder's sums are relative to, since logarithms of weights may rise without end. `top`: their running maximum, to
+    which the sums that it begins with are relative.
     """
 
     def __init__(self, top: Tensor) -> None:
-        self.top, self.all = top, [top]
+        self.top = self.latest = top
 
-    def follow(self, logs: Tensor, total: Tensor) -> Tensor | None:
-        """The sums for keys of these logarithms (B, G, T, X); None where they rise by more than `REACH` and T can be halved."""
-        low, high = torch.maximum(self.top, logs[:, :, 0]), torch.maximum(self.top, logs.amax(2))
-        if len(self.all) == 1 or rise(self.all[-1] - REACH / 2, high) > REACH:
-            if logs.shape[2] > 1 and rise(low, high) > REACH:
-                return None
-            self.all.append(finite(((low + high) / (2 * LOG_2)).round() * LOG_2))
-            total = rescale(total, *self.all[-2:])
-        self.top = high
-        return total
+    def follow(self, logs: Tensor, size: int) -> Tensor | None:
+        """
+        For keys of these logarithms (B, G, K T, X) what the sums before them are relative to and what they are to be in each
+        chunk of T = `size`, (B, G, K + 1, X), -inf where there was no key. None where logarithms rise by more than `REACH` in
+        some chunk and T can be halved.
+        """
+        chunks = logs.unflatten(2, (-1, size))
+        tops = torch.cat([self.top[:, :, None], chunks.amax(3)], 2).cummax(2).values
+        low, high = torch.maximum(tops[:, :, :-1], chunks[:, :, :, 0]), tops[:, :, 1:]
+        if size > 1 and rise(low, high) > REACH:
+            return None
+        marks = torch.cat([self.latest[:, :, None], ((low + high) / (2 * LOG_2)).round() * LOG_2], 2)
+        self.top, self.latest = tops[:, :, -1], marks[:, :, -1]
+        return marks
 
-    def settle(self, total: Tensor) -> Tensor:
-        """The sums relative to the running maximum."""
-        self.all.append(finite(self.top))
-        return rescale(total, *self.all[-2:])
+    def settled(self) -> Tensor:
+        """Times this (B, G, X, 1), the sums are relative to the running maximum."""
+        return torch.exp(self.latest - finite(self.top))[..., None]
 
 
 def rise(low: Tensor, high: Tensor) -> float:
@@ -169,7 +172,8 @@ def padded(lengths: Tensor, place: slice) -> Tensor:
     return (torch.arange(place.start, place.stop, device=lengths.device) >= lengths[:, None])[:, None, :, None]
 
 
-def halves(place: slice) -> list[slice]:
-    """The later half and the earlier one."""
-    middle = (place.start + place.stop) // 2
+def halves(place: slice, unit: int = 1) -> list[slice]:
+    """The later half and the earlier one, of whole units where there are several."""
+    length = place.stop - place.start
+    middle = place.start + (length // unit // 2 * unit if length > unit else length // 2)
     return [slice(middle, place.stop), slice(place.start, middle)]
