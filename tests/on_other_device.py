@@ -41,6 +41,7 @@ MOST = {
     "rfa": (200, 0),
     "cosformer": (130, 0),
     "hedgehog": (550, 0),
+    "mixture_of_heads": (800, 3),
 }
 
 

@@ -41,13 +41,26 @@ def line_attention(
         return _Lines.apply(plan, queries, key, value)
     share, outputs = len(counts) // (key.shape[0] * key.shape[1]), []
     heads = [x.flatten(0, 1).unbind(0) for x in (key, value)]
-    places = [None] * len(counts) if at is None else at.split(counts)
+    places, edges = [None] * len(counts), [None] * len(counts)
+    if at is not None:
+        places, edges = at.split(counts), _edges(at, counts)
     for line, (q, place) in enumerate(zip(queries.split(counts), places, strict=True)):
         if len(q):
             end = ends[line * len(ends) // len(counts)]
             given = q[None, None], *(x[line // share][None, None, :end] for x in heads)
-            outputs.append(_one_line(*given, place, scaling, dropout))
+            outputs.append(_one_line(*given, place, edges[line], scaling, dropout))
     return torch.cat(outputs, 2)[0, 0]
+
+
+def _edges(at: Tensor, counts: list[int]) -> list[list[int]]:
+    """Of each line the positions of the first and the last query of every chunk; read from the device once for all lines."""
+    ends = list(accumulate(counts))
+    sides = [
+        [place for i in range(end - count, end, CHUNK) for place in (i, min(i + CHUNK, end) - 1)]
+        for count, end in zip(counts, ends, strict=True)
+    ]
+    found = iter(at[[place for line in sides for place in line]].tolist())
+    return [[next(found) for _ in line] for line in sides]
 
 
 class _Plan(NamedTuple):
@@ -115,12 +128,14 @@ class _Lines(torch.autograd.Function):
         return None, of_query, *sums
 
 
-def _one_line(query: Tensor, key: Tensor, value: Tensor, at: Tensor | None, scaling: float, dropout: float) -> Tensor:
-    """query (1, 1, T, D) at the ascending positions `at` (T,) or seeing all; key, value (1, 1, S, D) -> (1, 1, T, D)."""
+def _one_line(query: Tensor, key: Tensor, value: Tensor, at, edges, scaling: float, dropout: float) -> Tensor:
+    """
+    query (1, 1, T, D) at the ascending positions `at` (T,), of which `edges` are those of chunks, or seeing all where both are
+    None; key, value (1, 1, S, D) -> (1, 1, T, D).
+    """
     if at is None:
         return exact_attention(query, key, value, lengths=None, scaling=scaling, dropout=dropout, causal=False)
     chunks = [(begin, min(begin + CHUNK, query.shape[2])) for begin in range(0, query.shape[2], CHUNK)]
-    edges = at[[place for begin, end in chunks for place in (begin, end - 1)]].tolist()
     if edges[-1] - edges[0] + 1 == query.shape[2]:  # nothing was left out between
         return exact_attention(
             query, key, value, lengths=edges[-1] + 1, scaling=scaling, dropout=dropout, causal=True, offset=edges[0]
