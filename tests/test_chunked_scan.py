@@ -20,6 +20,13 @@ def small_spans(monkeypatch):
     monkeypatch.setattr(chunked_scan, "CHUNK", 4)
 
 
+@pytest.fixture(params=["one by one", "side by side"])
+def chunks(request, monkeypatch):
+    """As on a CPU, and as where operators have a price."""
+    if request.param == "side by side":
+        monkeypatch.setattr(chunked_scan, "sizes", lambda query, features: (4, 16, 16))
+
+
 def project(x, w):
     return torch.einsum("bgrtd,gmd->bgrtm", x.unflatten(1, (GROUPS, -1)), w).flatten(1, 2)
 
@@ -51,6 +58,7 @@ def explicit(query, key, value, features, causal, lengths=None):
     return weights.softmax(-1) @ value
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("logarithmic", "scale"), [(False, 0.5), (True, 0.5), (True, 12.0)])
 def test_it_is_the_sum_over_keys(logarithmic, scale, causal):
@@ -70,11 +78,14 @@ def test_it_is_the_sum_over_keys(logarithmic, scale, causal):
                 torch.testing.assert_close(ours, theirs, atol=1e-8 * theirs.abs().max().item() + 1e-9, rtol=0)
 
 
-def test_calls_continue_one_another_with_their_gradients():
-    features, args = maps(True), inputs(37, 0.5)
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("logarithmic", [False, True])
+@pytest.mark.parametrize("splits", [(1, 7, 20, 2, 7), (14, 16, 7)])
+def test_calls_continue_one_another_with_their_gradients(splits, logarithmic):
+    features, args = maps(logarithmic), inputs(37, 0.5)
     full, _ = linear_attention(*args, features, causal=True)
     sums, parts, begin = None, [], 0
-    for size in (1, 7, 20, 2, 7):
+    for size in splits:
         part = [x[:, :, begin : begin + size] for x in args]
         output, sums = linear_attention(*part, features, causal=True, before=sums)
         parts.append(output)
@@ -117,6 +128,7 @@ def test_a_generated_token_is_read_as_many_are(kind, scale):
     assert (last - got[1, :, -1]).abs().max() > 1e-3 * last.abs().max()  # what was padding counts there
 
 
+@pytest.mark.usefixtures("chunks")
 def test_a_later_key_of_enormous_weight_does_not_drown_earlier_queries():
     """In float32, with keys whose features are e^200 apart inside one span."""
     features, (query, key, value) = maps(True), inputs(16, 1.0)
@@ -145,6 +157,7 @@ def test_nothing_in_common_fades_to_zero():
     assert torch.isfinite(key.grad).all() and (query.grad[:, :, 3] == 0).all() and (query.grad[:, :, 2] != 0).any()
 
 
+@pytest.mark.usefixtures("chunks")
 def test_numerators_and_normalisers_are_handed_out():
     features, args = maps(False), inputs(37, 0.5)
     read, _ = chunked_scan.read_past(*args, features)
@@ -169,6 +182,7 @@ def test_a_mask_of_keys_and_a_number_of_keys_are_alike():
     assert (masked - everything)[1, :, 20:].abs().max() > 1e-2
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("steepness", [0.1, 30.0])
 def test_weights_of_tokens(steepness):
     """Up to e^600 apart within a chunk, which no float32 could hold side by side."""

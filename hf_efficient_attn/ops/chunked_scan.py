@@ -217,9 +217,11 @@ class _Causal(torch.autograd.Function):
                     continue
             if place.start % span_size == 0:
                 states.append(total)
+                total = total.clone()
             piece = _Piece.of(map_q(place)[0], raw, value, place, chunk_size, marks, features, log_q, log_k)
-            befores, total = piece.sums(total)
-            read = piece.read(befores)
+            sums_of_chunks = piece.sums(total)
+            read = piece.read(sums_of_chunks)
+            total = piece.after(sums_of_chunks)
             if output is None:
                 sums[:, :, place] = read
             else:
@@ -254,11 +256,11 @@ class _Causal(torch.autograd.Function):
         elif settled is not None:
             grad_total = grad_total * settled
         for span, total in zip(spans[::-1], states[::-1], strict=True):
-            later = []
+            total, later = total.clone(), []
             for place, marks in span:
                 (raw_q, pull_q), (raw_k, pull_k) = map_q(place), map_k(place, lengths)
                 piece = _Piece.of(raw_q, raw_k, value, place, chunk_size, marks, features, log_q, log_k)
-                befores, total = piece.sums(total)
+                sums = piece.sums(total)
                 slope = grad[:, :, place]
                 if output is not None:
                     slope = _of_quotient(grad, output, normaliser, features.floor, place)
@@ -269,7 +271,8 @@ class _Causal(torch.autograd.Function):
                     slope = piece.times(slope)
                 slope = piece.by_chunk(slope)
                 of_weights = piece.of_weights(slope)
-                pull_q(piece.of_query(slope, of_weights, befores))
+                pull_q(piece.of_query(slope, of_weights, sums))
+                total = piece.after(sums)
                 later.append((place, piece, slope, of_weights, pull_k))
             for place, piece, slope, of_weights, pull_k in reversed(later):
                 grad_total, of_sums = piece.of_sums(slope, grad_total)
@@ -346,15 +349,21 @@ class _Piece:
         x = x.view(*self.shape[:3], -1, self.shape[3], x.shape[2])
         return x.transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
-    def sums(self, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Those before each chunk, (Q, m, D + 1), and (B, G, m, D + 1) those after the last, from those before the piece."""
+    def sums(self, total: Tensor) -> Tensor:
+        """Those before each chunk, and after the last where there are several, (B, G, K + 1 or 1, m, D + 1)."""
         if self.shape[2] == 1:
-            before = self._faded(total).flatten(0, 1)
-            return before, torch.baddbmm(before, self.k, self.value).view_as(total)
+            return self._faded(total)[:, :, None]
         own = torch.bmm(self.k, self.value).unflatten(0, self.shape[:3])
         sums = torch.cat([total[:, :, None], own], 2)
-        sums = sums.cumsum(2) if self.carry is None else _carried(sums, self.carry)
-        return sums[:, :, :-1].flatten(0, 2), sums[:, :, -1]
+        return sums.cumsum(2) if self.carry is None else _carried(sums, self.carry)
+
+    def after(self, sums: Tensor) -> Tensor:
+        """(B, G, m, D + 1) after the last chunk; a single one is added in place."""
+        total = sums[:, :, -1]
+        if self.shape[2] > 1:
+            return total.clone()  # by itself: it is kept, and the others are not
+        total.flatten(0, 1).baddbmm_(self.k, self.value)
+        return total
 
     def of_sums(self, slope: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the sums before the piece and of what each chunk adds; slope (Q, R C, D + 1) is that of `read`."""
@@ -370,18 +379,21 @@ class _Piece:
         """Sums before the piece, or their gradient, as they are before its first chunk."""
         return total if self.carry is None else total * self.carry[..., 0, :1]
 
-    def read(self, befores: Tensor) -> Tensor:
+    def _befores(self, sums: Tensor) -> Tensor:
+        return sums[:, :, : self.shape[2]].flatten(0, 2)
+
+    def read(self, sums: Tensor) -> Tensor:
         """(B, H, K C, D + 1)"""
         weights = _past(torch.bmm(self.q.mT, self.k))
-        return self.times(self.by_head(torch.bmm(weights, self.value).baddbmm_(self.q.mT, befores)))
+        return self.times(self.by_head(torch.bmm(weights, self.value).baddbmm_(self.q.mT, self._befores(sums))))
 
     def of_weights(self, slope: Tensor) -> Tensor:
         """(Q, R C, C)"""
         return _past(torch.bmm(slope, self.value.mT))
 
-    def of_query(self, slope: Tensor, of_weights: Tensor, befores: Tensor) -> Tensor:
+    def of_query(self, slope: Tensor, of_weights: Tensor, sums: Tensor) -> Tensor:
         """(B, H, K C, m)"""
-        of_q = torch.bmm(self.k, of_weights.mT).baddbmm_(befores, slope.mT)
+        of_q = torch.bmm(self.k, of_weights.mT).baddbmm_(self._befores(sums), slope.mT)
         return self.by_head((of_q.mul_(self.q) if self.logarithmic else of_q).mT)
 
     def of_key(self, of_weights: Tensor, of_sums: Tensor) -> Tensor:
