@@ -16,7 +16,6 @@ from hf_efficient_attn import (
     RfaConfig,
     kernels,
 )
-from hf_efficient_attn.ops import chunked_scan
 from hf_efficient_attn.registry import build
 
 pytestmark = pytest.mark.skipif(kernels.load("features") is None, reason="no C compiler here")
@@ -58,9 +57,18 @@ def inputs(length: int, kv_heads: int, dim: int, dtype=torch.float32) -> list[Te
     return [x.to(dtype).requires_grad_() for x in args]
 
 
-def results(config, length: int, kv_heads: int, dim: int, dtype=torch.float32) -> list[Tensor]:
-    """Output and gradients, of a batch with padding, that of parameters included."""
+def results(
+    config, length: int, kv_heads: int, dim: int, dtype=torch.float32, rounding: int | None = None
+) -> list[Tensor]:
+    """
+    Output and gradients, of a batch with padding, that of parameters included. `rounding`: draws what inputs are rounded by
+    otherwise, about a unit in float32's last place.
+    """
     module, args = layer(config, kv_heads, dim, dtype), inputs(length, kv_heads, dim, dtype)
+    if rounding is not None:
+        g = torch.Generator().manual_seed(rounding)
+        args = [x.detach() * (1 + 2**-23 * torch.randn(x.shape, generator=g, dtype=dtype)) for x in args]
+        args = [x.requires_grad_() for x in args]
     padding = torch.arange(length) >= torch.tensor([0, length // 3, length - 1])[:, None]
     output = run(module, *args, padding=padding)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -71,22 +79,18 @@ def results(config, length: int, kv_heads: int, dim: int, dtype=torch.float32) -
 @by_config
 @pytest.mark.parametrize(("kv_heads", "dim"), [(4, 16), (2, 64), (1, 80)])
 @pytest.mark.parametrize("length", [2, 65, 257, 600])
-def test_the_kernel_is_the_scan(calls, monkeypatch, length, kv_heads, dim, config) -> None:
+def test_the_kernel_is_the_scan(calls, length, kv_heads, dim, config) -> None:
     ours = results(config, length, kv_heads, dim)
     assert set(calls) == {"features_forward", "features_backward"}
     calls.clear()
     with kernels.off():
-        exact, theirs = results(config, length, kv_heads, dim, torch.float64), []
-        for chunk in (32, 64) if gated(config) else (64,):  # sums with a gate cancel so far that it tells
-            monkeypatch.setattr(chunked_scan, "CHUNK", chunk)
-            theirs.append(results(config, length, kv_heads, dim))
+        exact, theirs = results(config, length, kv_heads, dim, torch.float64), [results(config, length, kv_heads, dim)]
+        if gated(config):  # sums cancel so far at some tokens that one error of PyTorch's says little
+            theirs += [results(config, length, kv_heads, dim, rounding=seed) for seed in range(3)]
     assert not calls
     for got, want, *others in zip(ours, exact, *theirs, strict=True):
         error = max((other - want).abs().max() for other in others)
-        own = (
-            1e-5 if gated(config) and length <= 32 else 3e-6
-        )  # both chunk sizes are one there, a single sample of an error
-        assert (got - want).abs().max() <= 3 * error + own * want.abs().max() + 1e-6
+        assert (got - want).abs().max() <= 3 * error + 3e-6 * want.abs().max() + 1e-6
         assert error < 1e-3 * want.abs().max()
 
 
